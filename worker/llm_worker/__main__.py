@@ -1,0 +1,112 @@
+"""Entry point: configuration, logging, the worker, an exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from llm_worker.config import Config, help_text, load
+from llm_worker.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_STOPPED, ConfigError
+
+# A library's thread that never ends must not keep a finished worker alive.
+INTERPRETER_EXIT_SECONDS = 10.0
+
+
+def main() -> int:
+    """Run the worker as the command line says; return its exit code."""
+    arguments = sys.argv[1:]
+    if arguments in (["--help"], ["-h"]):
+        print(help_text(), end="")
+        return EXIT_STOPPED
+    try:
+        command = load(arguments)
+        if command.dump_to is not None:
+            command.dump_to.write_text(command.config.to_json(), encoding="utf-8")
+        if command.check_only:
+            print(command.config.to_json(), end="")
+            return EXIT_STOPPED
+        configure_logging(command.config)
+        return _run(command.config)
+    except ConfigError as error:
+        print("llm_worker cannot start with these settings:", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return EXIT_CONFIG
+    except OSError as error:
+        print(f"llm_worker: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def _run(config: Config) -> int:
+    # In this order: prometheus_client looks for its directory when it is first imported.
+    from llm_worker.multiprocess import prepare_multiprocess
+
+    multiprocess = prepare_multiprocess(config.multiproc_dir)
+    from llm_worker import app
+
+    if multiprocess is None:
+        return app.run(config)
+    with multiprocess:
+        return app.run(config, multiprocess)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; ``extra`` fields become keys."""
+
+    _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON: time (Unix seconds), level, logger, message, extras, exception."""
+        line: dict[str, Any] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update({k: v for k, v in vars(record).items() if k not in self._PLAIN})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(config: Config) -> None:
+    """Send our loggers to standard error in the configured format; vLLM configures its own."""
+    handler = logging.StreamHandler()
+    if config.log_format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(
+            logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
+        )
+    logger = logging.getLogger("llm_worker")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _exit(code: int) -> None:
+    """Leave through the interpreter's own clean-up, but not for longer than it deserves."""
+
+    def force() -> None:
+        time.sleep(INTERPRETER_EXIT_SECONDS)
+        os._exit(code)
+
+    threading.Thread(target=force, daemon=True, name="exit-deadline").start()
+    logging.shutdown()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        exit_code = main()
+    except SystemExit:
+        raise
+    except BaseException:
+        logging.getLogger("llm_worker").exception("unexpected error")
+        exit_code = EXIT_INTERNAL
+    _exit(exit_code)

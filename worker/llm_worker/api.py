@@ -1,0 +1,189 @@
+"""The system server: the worker's state and metrics on a port, a thread and a loop of its own.
+
+Owns its routes and what status each answer gets. A busy, stuck or dead serving loop never hides
+what it has to say. It only calls what it was handed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hmac
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+
+from llm_worker.errors import ConfigError
+from llm_worker.exposition import Exposition
+from llm_worker.health import Health, Verdict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What the routes call; every one may be called from the system server's thread."""
+
+    health: Health
+    exposition: Exposition
+    version: Callable[[], dict[str, Any]]
+    engine_info: Callable[[], dict[str, Any] | None]  # None before the engine is up
+    drain: Callable[[], None]  # stop as SIGTERM does
+
+
+def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -> FastAPI:
+    """The system server's routes.
+
+    Writing routes need no token on loopback. Beyond it they need the bearer token, and without one
+    configured they are refused.
+    """
+    app = FastAPI(title="llm-worker system server", docs_url=None, redoc_url=None)
+    health = handlers.health
+
+    def authorise(request: Request) -> None:
+        if open_to_others or token:
+            _check_token(request.headers.get("authorization", ""), token)
+
+    writing = APIRouter(dependencies=[Depends(authorise)])
+
+    @app.get("/live")
+    async def live() -> Response:
+        return _probe(health.live())
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        return _probe(health.ready())
+
+    @app.get("/health")
+    async def report() -> Response:
+        body = health.report()
+        return JSONResponse(body, 200 if body["live"] and body["ready"] else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, Any]:
+        return handlers.version()
+
+    @app.get("/engine/info")
+    async def engine_info() -> Response:
+        info = handlers.engine_info()
+        if info is None:
+            return JSONResponse(_error("the engine is not up yet; see /health"), 503)
+        return JSONResponse(info)
+
+    @writing.post("/engine/drain")
+    async def drain() -> Response:
+        handlers.drain()
+        return JSONResponse({"state": "draining"}, 202)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        rendered = await asyncio.to_thread(
+            handlers.exposition.render,
+            request.headers.get("accept"),
+            request.headers.get("accept-encoding"),
+            request.query_params.getlist("name[]"),
+        )
+        response = Response(rendered.body, headers={"content-type": rendered.content_type})
+        if rendered.content_encoding:
+            response.headers["content-encoding"] = rendered.content_encoding
+        return response
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return JSONResponse(_error(str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(404)
+    async def unknown(request: Request, _: Exception) -> Response:
+        return JSONResponse(_error(f"no route {request.url.path}; see /openapi.json"), 404)
+
+    app.include_router(writing)
+    return app
+
+
+def _probe(verdict: Verdict) -> Response:
+    return JSONResponse(
+        {"ok": verdict.ok, "reasons": list(verdict.reasons)}, 200 if verdict.ok else 503
+    )
+
+
+def _check_token(given: str, token: str | None) -> None:
+    if token is None:
+        fix = "set --worker-system-token-file, or bind the system server to 127.0.0.1"
+        raise HTTPException(403, f"writing routes are off without a token: {fix}")
+    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        raise HTTPException(401, "a bearer token is needed", {"www-authenticate": "Bearer"})
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": message}
+
+
+class SystemServer:
+    """Serves ``app`` from its own thread until it is closed."""
+
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        """Bind the port, so that a busy one is an error here and not in the background.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        self._socket = _bind(host, port)
+        self.host = host
+        self.port: int = self._socket.getsockname()[1]
+        # Done when the thread ends; carries its exception.
+        self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=1,
+                lifespan="off",
+            )
+        )
+        self._thread = threading.Thread(target=self._run, name="system-server", daemon=True)
+
+    def start(self) -> None:
+        """Serve from now on."""
+        self._thread.start()
+        log.info("system server on http://%s:%d", self.host, self.port)
+
+    def close(self) -> None:
+        """Stop serving and end the thread."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._server.serve(sockets=[self._socket]))
+        except BaseException as error:
+            self.ended.set_exception(error)
+            raise
+        self.ended.set_result(None)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"the system server cannot listen on {host}:{port} ({error.strerror or error}): "
+                "choose another --worker-system-port, or stop what holds it"
+            ]
+        ) from error
+    return listener

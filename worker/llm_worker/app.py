@@ -1,0 +1,299 @@
+"""The worker's life, from the first listener to the exit code.
+
+Owns every part, every task and the order in which they stop: unready, drain, HTTP, engine, system
+server, exit. Nothing else wires anything. Reads top-down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from llm_worker import __version__
+from llm_worker.api import Handlers, SystemServer, create_app
+from llm_worker.config import Config
+from llm_worker.errors import (
+    EXIT_ENGINE_DIED,
+    EXIT_INTERNAL,
+    EXIT_START_FAILED,
+    EXIT_STOPPED,
+    ConfigError,
+    EngineDiedError,
+    EngineStartError,
+    StopRequested,
+)
+from llm_worker.exposition import Exposition
+from llm_worker.health import Health, Heartbeat
+from llm_worker.lifecycle import ExitRecord, Lifecycle, State
+from llm_worker.metrics import Metrics
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from llm_worker.engine import Engine
+    from llm_worker.multiprocess import MultiprocessDirectory
+
+log = logging.getLogger(__name__)
+
+# The sum of these and the drain stays under compose's stop_grace_period.
+ERROR_FLUSH_SECONDS = 5  # in-flight requests of a dead engine get their error
+ENGINE_STOP_SECONDS = 5.0
+EXIT_MARGIN_SECONDS = 15.0  # past all of the above the process is ended by force
+SIGN_OF_LIFE_SECONDS = 5.0
+# How long a thread may keep the interpreter while another waits: a tenth of Python's default, so
+# that a probe does not wait for the serving loop's burst, nor a token for a scrape.
+SWITCH_INTERVAL_SECONDS = 0.0005
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def run(config: Config, multiprocess: MultiprocessDirectory | None = None) -> int:
+    """Serve until asked to stop or until the engine dies; return the exit code.
+
+    Raises:
+        ConfigError: a setting turned out to be wrong only now, such as a busy port.
+    """
+    _adopt_orphans()
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    return Worker(config, multiprocess).run()
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, config: Config, multiprocess: MultiprocessDirectory | None) -> None:
+        self._config = config
+        self._began = time.monotonic()
+        registry = CollectorRegistry()
+        self.metrics = Metrics(registry)
+        self.exposition = Exposition(self.metrics, config.constant_labels)
+        self.exposition.register("llm_worker", registry)
+        self.exposition.register("vllm", REGISTRY)
+        if multiprocess is not None:
+            self.exposition.register_multiprocess(multiprocess)
+        self.lifecycle = Lifecycle(self.metrics)
+        self.heartbeat = Heartbeat(self.metrics)
+        self.health = Health(self.lifecycle, self.heartbeat)
+        self._engine: Engine | None = None
+        self._last_sign = 0.0
+        handlers = Handlers(
+            health=self.health,
+            exposition=self.exposition,
+            version=_versions,
+            engine_info=self._engine_info,
+            drain=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        )
+        self.system_server = SystemServer(
+            create_app(handlers, token=config.token(), open_to_others=config.open_to_others),
+            config.system_host,
+            config.system_port,
+        )
+        self._record = (
+            ExitRecord(config.state_dir, str(config.system_port)) if config.state_dir else None
+        )
+
+    def run(self) -> int:
+        """The life itself; see ``run`` above."""
+        if self._record is not None and (last := self._record.begin()) is not None:
+            self.metrics.last_exit_timestamp_seconds.labels(last.reason).set(last.timestamp)
+        self.system_server.start()
+        code, reason = EXIT_INTERNAL, "internal"
+        try:
+            code, reason = self._serve_to_the_end()
+        except ConfigError:
+            reason = "start_failed"
+            raise
+        finally:
+            self._end_children()
+            if self._record is not None:
+                self._record.end(reason)
+            self.system_server.close()
+        log.info("exit %d: %s", code, reason, extra={"exit_code": code, "reason": reason})
+        return code
+
+    def _serve_to_the_end(self) -> tuple[int, str]:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _interrupt_start)
+        try:
+            with self._phase("import"):
+                from llm_worker import engine as boundary
+
+                boundary.prepare_environment()
+                import uvloop
+                import vllm
+            self.metrics.build_info.labels(__version__, vllm.__version__).set(1)
+            uvloop.run(self._main())
+        except StopRequested:
+            log.info("asked to stop during start-up")
+            self.lifecycle.to(State.DRAINING, "asked to stop during start-up")
+            return EXIT_STOPPED, "stopped"
+        except EngineStartError as error:
+            log.exception("%s", error, extra={"phase": error.phase})
+            self.lifecycle.to(State.DEAD, str(error))
+            return EXIT_START_FAILED, "start_failed"
+        except EngineDiedError as error:
+            log.error("%s", error)  # noqa: TRY400 - where it was raised says nothing
+            return EXIT_ENGINE_DIED, "engine_dead"
+        return EXIT_STOPPED, "stopped"
+
+    async def _main(self) -> None:
+        """Start the engine and the API, serve, stop; on the serving loop.
+
+        Raises:
+            ConfigError, EngineStartError: it did not come up.
+            EngineDiedError: it came up and died.
+        """
+        from llm_worker import engine as boundary
+
+        args = boundary.parse_arguments(self._config)
+        listener = boundary.bind_api(args)
+        try:
+            engine = await boundary.Engine.start(args, self._config, self.metrics, self._phase)
+            self._engine = engine
+            self.health.engine_dead = engine.is_dead
+            self.lifecycle.to(State.WARMING)
+            with self._phase("api"):
+                started = asyncio.Event()
+                server = await engine.build_api(self._config.drain_seconds, started.set)
+            with self._phase("warmup"):
+                await engine.warm_up()
+            await self._note_model_load(engine)
+        except (ConfigError, StopRequested):
+            raise
+        except Exception as error:
+            raise EngineStartError(self.lifecycle.phase, f"{error}") from error
+        try:
+            await self._serve(engine, server, listener, started)
+        finally:
+            self.health.engine_dead = lambda: True
+            await asyncio.to_thread(engine.stop, ENGINE_STOP_SECONDS)
+
+    async def _serve(
+        self,
+        engine: Engine,
+        server: uvicorn.Server,
+        listener: socket.socket,
+        started: asyncio.Event,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
+        async with asyncio.TaskGroup() as tasks:
+            api = tasks.create_task(server.serve(sockets=[listener]), name="api")
+            died = tasks.create_task(engine.died(), name="engine-watch")
+            stop = tasks.create_task(asked.wait(), name="stop-watch")
+            system = tasks.create_task(self._system_server_ended(), name="system-server-watch")
+            pulse = tasks.create_task(self.heartbeat.run(self._sign_of_life), name="heartbeat")
+            up = tasks.create_task(self._announce(started), name="announce")
+
+            await asyncio.wait({api, died, stop, system}, return_when=asyncio.FIRST_COMPLETED)
+            up.cancel()
+            if not died.done():
+                self._begin_to_drain(server, "asked to stop" if stop.done() else "a part ended")
+                await asyncio.wait({api, died}, return_when=asyncio.FIRST_COMPLETED)
+            cause = died.result() if died.done() else None
+            if cause is not None:
+                self._give_up(server, cause)
+                await asyncio.wait({api})
+            for task in (died, stop, system, pulse):
+                task.cancel()
+        if cause is not None:
+            raise EngineDiedError(cause)
+        if not asked.is_set():
+            raise RuntimeError("the API server or the system server ended by itself")
+
+    async def _announce(self, started: asyncio.Event) -> None:
+        """Become ready once the API server listens."""
+        await started.wait()
+        self.metrics.startup_phase_seconds.labels("total").set(time.monotonic() - self._began)
+        self.lifecycle.enter_phase("")
+        self.lifecycle.to(State.READY)
+
+    def _begin_to_drain(self, server: uvicorn.Server, reason: str) -> None:
+        self.lifecycle.to(State.DRAINING, reason)
+        self._end_by_force_after(self._config.drain_seconds, EXIT_STOPPED)
+        server.should_exit = True
+
+    def _give_up(self, server: uvicorn.Server, cause: str) -> None:
+        """The engine died: nothing can finish, everything in flight gets its error."""
+        self.lifecycle.to(State.DEAD, cause)
+        if self._record is not None:
+            self._record.end("engine_dead")
+        self._end_by_force_after(ERROR_FLUSH_SECONDS, EXIT_ENGINE_DIED)
+        server.config.timeout_graceful_shutdown = ERROR_FLUSH_SECONDS
+        server.should_exit = True
+
+    def _end_by_force_after(self, seconds: float, code: int) -> None:
+        """Whatever hangs on the way out, the process ends, and its children with it."""
+
+        def end() -> None:
+            log.critical("the way out hangs; ending by force", extra={"exit_code": code})
+            self._end_children()
+            os._exit(code)
+
+        timer = threading.Timer(seconds + ENGINE_STOP_SECONDS + EXIT_MARGIN_SECONDS, end)
+        timer.daemon = True
+        timer.start()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.lifecycle.enter_phase(name)
+        began = time.monotonic()
+        yield
+        self.metrics.startup_phase_seconds.labels(name).set(time.monotonic() - began)
+
+    async def _note_model_load(self, engine: Engine) -> None:
+        seconds = await engine.model_load_seconds()
+        if seconds is not None:
+            self.metrics.startup_phase_seconds.labels("model_load").set(seconds)
+            self.metrics.model_load_seconds.labels(engine.model_name).set(seconds)
+
+    async def _system_server_ended(self) -> None:
+        await asyncio.wrap_future(self.system_server.ended)
+
+    def _sign_of_life(self) -> None:
+        now = time.monotonic()
+        if self._record is not None and now - self._last_sign >= SIGN_OF_LIFE_SECONDS:
+            self._last_sign = now
+            self._record.alive()
+
+    def _engine_info(self) -> dict[str, Any] | None:
+        return None if self._engine is None else self._engine.info().to_json()
+
+    def _end_children(self) -> None:
+        if "llm_worker.engine" in sys.modules:
+            from llm_worker.engine import end_children
+
+            end_children(grace_seconds=2.0)
+
+
+def _versions() -> dict[str, Any]:
+    vllm = sys.modules.get("vllm")
+    return {
+        "llm_worker": __version__,
+        "vllm": getattr(vllm, "__version__", None),  # None until it is imported
+        "python": platform.python_version(),
+    }
+
+
+def _interrupt_start(number: int, _frame: object) -> None:
+    raise StopRequested(f"signal {number}")
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of whatever a dead engine process leaves behind, to be able to end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -1,0 +1,486 @@
+"""Settings: the only module that reads the environment and the command line.
+
+Ours are few and start with ``--worker-`` (in the environment ``LLM_WORKER_``); a flag wins over the
+environment. Everything else on the command line is vLLM's and passes through verbatim, so there is
+no second list of vLLM's options here. The few of those that collide with ours are looked at, never
+changed. Every problem is collected and they are reported together. Nothing here imports vLLM, nor
+prometheus_client, which must find its multiprocess directory in the environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_worker.errors import ConfigError
+
+ENV_PREFIX = "LLM_WORKER_"
+FLAG_PREFIX = "--worker-"
+TINY = "tiny"
+# Written by the worker itself for its child processes, not a setting.
+INTERNAL_ENV = frozenset({"LLM_WORKER_PARENT_PID"})
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One of our settings: a row of the table in the README and of ``--help``."""
+
+    name: str  # "system-port" is --worker-system-port and LLM_WORKER_SYSTEM_PORT
+    default: str
+    meaning: str
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling."""
+        return FLAG_PREFIX + self.name
+
+    @property
+    def env(self) -> str:
+        """The environment spelling."""
+        return ENV_PREFIX + self.name.upper().replace("-", "_")
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("model", "", "model when vLLM's --model is not given; `tiny` makes one on the spot"),
+    Setting("system-host", "127.0.0.1", "address of the system server"),
+    Setting("system-port", "8081", "port of the system server; 0 takes any free one"),
+    Setting("system-token-file", "", "file with the bearer token that writing routes ask for"),
+    Setting("namespace", "", "value of the label llm_namespace on every series; empty: no label"),
+    Setting("component", "", "value of the label llm_component on every series; empty: no label"),
+    Setting("kv-events-port", "", "publish KV-cache events on this port + rank; empty: off"),
+    Setting("kv-replay-port", "", "replay of KV-cache events, + rank; empty: events port + 100"),
+    Setting("multiproc-dir", "", "prometheus_client's multiprocess directory; `auto` makes one"),
+    Setting("log-format", "text", "`text` or `json`"),
+    Setting("drain-seconds", "30", "how long in-flight requests may take after SIGTERM"),
+    Setting("goodput", "ttft=1.0,tpot=0.1,e2e=30", "targets in seconds, met jointly"),
+    Setting("state-dir", "", "directory that remembers how the last run ended; empty: off"),
+)
+
+# vLLM options that make no sense with one engine behind one in-process API server.
+UNSUPPORTED = {
+    "--headless": "the worker always serves; start headless nodes with `vllm serve --headless`",
+    "--grpc": "the worker serves HTTP; vLLM's gRPC server needs `vllm serve --grpc`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GoodputTargets:
+    """A request counts as goodput when it meets all three, in seconds."""
+
+    ttft_seconds: float = 1.0  # arrival to first token
+    tpot_seconds: float = 0.1  # mean time per output token after the first
+    e2e_seconds: float = 30.0  # arrival to last token
+
+
+@dataclass(frozen=True, slots=True)
+class KvEvents:
+    """Ports of vLLM's KV-event publisher; rank *n* uses port + *n*."""
+
+    port: int
+    replay_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The resolved settings of one worker."""
+
+    model: str | None  # a name, a path or "tiny"; None leaves the choice to vLLM's own options
+    engine_args: tuple[str, ...]  # vLLM's, verbatim, --model and the positional model taken out
+    system_host: str
+    system_port: int  # 0: any free port
+    system_token_file: Path | None
+    namespace: str
+    component: str
+    kv_events: KvEvents | None
+    multiproc_dir: str | None  # a directory, "auto", or None: single process
+    log_format: str  # "text" or "json"
+    drain_seconds: float
+    goodput: GoodputTargets
+    state_dir: Path | None
+
+    @property
+    def constant_labels(self) -> dict[str, str]:
+        """Labels that every exported series carries."""
+        labels = {"llm_namespace": self.namespace, "llm_component": self.component}
+        return {name: value for name, value in labels.items() if value}
+
+    @property
+    def open_to_others(self) -> bool:
+        """Whether the system server listens beyond this machine."""
+        return not _is_loopback(self.system_host)
+
+    def token(self) -> str | None:
+        """The bearer token, read now; None when no token file is set."""
+        if self.system_token_file is None:
+            return None
+        return self.system_token_file.read_text(encoding="utf-8").strip()
+
+    def to_json(self) -> str:
+        """The resolved configuration, without secrets."""
+        values = dataclasses.asdict(self)
+        return json.dumps(values, indent=2, default=str) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What the command line asked for."""
+
+    config: Config
+    check_only: bool  # --check-config
+    dump_to: Path | None  # --dump-config-to FILE
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Command:
+    """Resolve the settings from ``arguments`` (without the program) and the environment.
+
+    Raises:
+        ConfigError: something is wrong; carries every problem, each naming its fix.
+    """
+    environment = os.environ if environment is None else environment
+    problems: list[str] = []
+    ours, theirs, check_only, dump_to = _split(arguments, problems)
+    values = _values(ours, environment, problems)
+    reader = _Reader(values, problems)
+
+    model, theirs = _take_model(theirs, problems)
+    data_parallel = _their_int(theirs, "--data-parallel-size", "-dp", default=1, problems=problems)
+    _check_theirs(theirs, problems)
+
+    system_host = reader.host("system-host")
+    system_port = reader.port("system-port", allow_zero=True)
+    kv_events = _kv_events(reader, theirs, problems)
+    config = Config(
+        model=model or values["model"] or None,
+        engine_args=tuple(theirs),
+        system_host=system_host,
+        system_port=system_port,
+        system_token_file=reader.readable_file("system-token-file"),
+        namespace=reader.label("namespace"),
+        component=reader.label("component"),
+        kv_events=kv_events,
+        multiproc_dir=values["multiproc-dir"]
+        or environment.get("PROMETHEUS_MULTIPROC_DIR")
+        or None,
+        log_format=reader.choice("log-format", ("text", "json")),
+        drain_seconds=reader.seconds("drain-seconds"),
+        goodput=reader.goodput("goodput"),
+        state_dir=reader.writable_directory("state-dir"),
+    )
+    if config.model is None and _option(theirs, "--config") is None:
+        problems.append(
+            "no model: give --model NAME (or LLM_WORKER_MODEL); --model tiny needs no download"
+        )
+    _check_ports(config, theirs, data_parallel, problems)
+    if problems:
+        raise ConfigError(problems)
+    return Command(config, check_only, dump_to)
+
+
+def goodput_from_env(environment: Mapping[str, str] | None = None) -> GoodputTargets:
+    """The goodput targets of a plain ``vllm serve`` that loads our stat logger as a plugin.
+
+    Raises:
+        ConfigError: LLM_WORKER_GOODPUT cannot be parsed.
+    """
+    environment = os.environ if environment is None else environment
+    problems: list[str] = []
+    targets = _Reader(_values({}, environment, problems), problems).goodput("goodput")
+    if problems:
+        raise ConfigError(problems)
+    return targets
+
+
+def parent_pid_from_env() -> int | None:
+    """The worker that started this engine process; None in any other process."""
+    value = os.environ.get("LLM_WORKER_PARENT_PID", "")
+    return int(value) if value.isdecimal() else None
+
+
+def cache_directory(environment: Mapping[str, str] | None = None) -> Path:
+    """Where files live that can be made again; the temporary directory when there is no home."""
+    environment = os.environ if environment is None else environment
+    base = environment.get("XDG_CACHE_HOME") or environment.get("HOME")
+    if base and os.access(base, os.W_OK):
+        root = Path(base) if environment.get("XDG_CACHE_HOME") else Path(base) / ".cache"
+        return root / "llm-worker"
+    return Path(tempfile.gettempdir()) / f"llm-worker-{os.getuid()}"
+
+
+def help_text() -> str:
+    """The table of our settings."""
+    width = max(len(setting.flag) for setting in SETTINGS)
+    rows = [
+        f"  {setting.flag:<{width}}  {setting.meaning}"
+        + (f" [{setting.default}]" if setting.default else "")
+        for setting in SETTINGS
+    ]
+    return "\n".join(
+        [
+            "usage: python -m llm_worker [--worker-... VALUE] [vLLM engine and server arguments]",
+            "",
+            "Runs vLLM in this process, serves vLLM's own API (--port, 8000) and a system server",
+            "(/live /ready /health /version /metrics /engine/info). Each flag can also be set in the",
+            "environment: --worker-system-port is LLM_WORKER_SYSTEM_PORT. A flag wins.",
+            "",
+            *rows,
+            "",
+            "  --check-config          print the resolved configuration, don't start (exit 78: wrong)",
+            "  --dump-config-to FILE   write it to FILE and start",
+            "",
+            "vLLM's own options: --help=all, --help=ModelConfig and so on.",
+            "",
+        ]
+    )
+
+
+def _split(
+    arguments: Sequence[str], problems: list[str]
+) -> tuple[dict[str, str], list[str], bool, Path | None]:
+    """Ours by setting name, vLLM's in order, and our two commands."""
+    known = {setting.flag: setting.name for setting in SETTINGS}
+    ours: dict[str, str] = {}
+    theirs: list[str] = []
+    check_only = False
+    dump_to: Path | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        spelled = flag.replace("_", "-")
+        if spelled == "--check-config":
+            check_only = True
+        elif spelled.startswith(FLAG_PREFIX) or spelled == "--dump-config-to":
+            if not equals:
+                value = next(rest, "")
+            if not value:
+                problems.append(f"{flag} needs a value")
+            elif spelled == "--dump-config-to":
+                dump_to = Path(value)
+            elif spelled in known:
+                ours[known[spelled]] = value
+            else:
+                problems.append(f"unknown option {flag}{_did_you_mean(spelled, known)}")
+        else:
+            theirs.append(argument)
+    return ours, theirs, check_only, dump_to
+
+
+def _values(
+    ours: Mapping[str, str], environment: Mapping[str, str], problems: list[str]
+) -> dict[str, str]:
+    known = {setting.env: setting for setting in SETTINGS}
+    for name in environment:
+        if name.startswith(ENV_PREFIX) and name not in known and name not in INTERNAL_ENV:
+            problems.append(f"unknown environment variable {name}{_did_you_mean(name, known)}")
+    return {
+        setting.name: ours.get(setting.name, environment.get(setting.env) or setting.default)
+        for setting in SETTINGS
+    }
+
+
+def _did_you_mean(word: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {close[0]}?" if close else f": choose from {', '.join(known)}"
+
+
+class _Reader:
+    """Turns strings into values; a bad one becomes a problem and a harmless stand-in."""
+
+    def __init__(self, values: Mapping[str, str], problems: list[str]) -> None:
+        self._values = values
+        self._problems = problems
+
+    def _problem(self, name: str, what: str) -> None:
+        setting = next(setting for setting in SETTINGS if setting.name == name)
+        self._problems.append(f"{setting.flag} ({setting.env}): {what}")
+
+    def port(self, name: str, *, allow_zero: bool = False) -> int:
+        text = self._values[name]
+        number = int(text) if text.isdecimal() else -1
+        if not (0 if allow_zero else 1) <= number <= 65535:
+            self._problem(name, f"{text!r} is not a port; use 1 to 65535")
+            return 0
+        return number
+
+    def host(self, name: str) -> str:
+        text = self._values[name]
+        if not re.fullmatch(r"[A-Za-z0-9_.:\[\]%-]+", text):
+            self._problem(name, f"{text!r} is not a host name or an address")
+        return text.strip("[]")
+
+    def label(self, name: str) -> str:
+        text = self._values[name]
+        if len(text) > 128 or not text.isprintable():
+            self._problem(name, "use up to 128 printable characters")
+        return text
+
+    def choice(self, name: str, choices: Sequence[str]) -> str:
+        text = self._values[name]
+        if text not in choices:
+            self._problem(name, f"{text!r} is unknown; choose {' or '.join(choices)}")
+        return text
+
+    def seconds(self, name: str) -> float:
+        number = _float(self._values[name])
+        if number is None or number < 0:
+            self._problem(name, f"{self._values[name]!r} is not a number of seconds, 0 or more")
+            return 0.0
+        return number
+
+    def goodput(self, name: str) -> GoodputTargets:
+        defaults = GoodputTargets()
+        targets: dict[str, float] = {}
+        for part in self._values[name].split(","):
+            objective, _, text = part.strip().partition("=")
+            number = _float(text)
+            if objective not in ("ttft", "tpot", "e2e") or number is None or number <= 0:
+                self._problem(name, f"{part!r}: write ttft=1.0,tpot=0.1,e2e=30 (seconds, above 0)")
+                return defaults
+            targets[f"{objective}_seconds"] = number
+        return dataclasses.replace(defaults, **targets)
+
+    def readable_file(self, name: str) -> Path | None:
+        if not self._values[name]:
+            return None
+        path = Path(self._values[name])
+        try:
+            content = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            self._problem(name, f"cannot read {path}: {error}")
+            return None
+        if not content:
+            self._problem(name, f"{path} is empty; put the token into it")
+        return path
+
+    def writable_directory(self, name: str) -> Path | None:
+        if not self._values[name]:
+            return None
+        path = Path(self._values[name])
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            self._problem(name, f"cannot write to {path}: {error}")
+            return None
+        return path
+
+    def given(self, name: str) -> bool:
+        return bool(self._values[name])
+
+
+def _float(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _option(theirs: Sequence[str], *flags: str) -> str | None:
+    """The last value of one of vLLM's options; "" when it is given without one."""
+    found: str | None = None
+    for index, argument in enumerate(theirs):
+        flag, equals, value = argument.partition("=")
+        if (flag.replace("_", "-") if flag.startswith("--") else flag) not in flags:
+            continue
+        following = theirs[index + 1] if index + 1 < len(theirs) else ""
+        found = value if equals else ("" if following.startswith("--") else following)
+    return found
+
+
+def _their_int(
+    theirs: Sequence[str], *flags: str, default: int, problems: list[str]
+) -> int:
+    text = _option(theirs, *flags)
+    if text is None:
+        return default
+    if not text.isdecimal():
+        problems.append(f"{flags[0]}: {text!r} is not a number")
+        return default
+    return int(text)
+
+
+def _take_model(theirs: list[str], problems: list[str]) -> tuple[str | None, list[str]]:
+    """The model, from --model or from the first word, and the arguments without it."""
+    model: str | None = None
+    rest: list[str] = []
+    arguments = iter(theirs)
+    for position, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if position == 0 and not argument.startswith("-"):
+            model = argument
+        elif flag == "--model":
+            given = value if equals else next(arguments, "")
+            if not given or given.startswith("--"):
+                problems.append("--model needs a value")
+            elif model is not None and model != given:
+                problems.append(f"two models: {model!r} and {given!r}; give one")
+            model = given
+        else:
+            rest.append(argument)
+    return model, rest
+
+
+def _check_theirs(theirs: Sequence[str], problems: list[str]) -> None:
+    for flag, reason in UNSUPPORTED.items():
+        if _option(theirs, flag) is not None:
+            problems.append(f"{flag} is not supported: {reason}")
+    servers = _option(theirs, "--api-server-count", "-asc")
+    if servers is not None and servers != "1":
+        problems.append(
+            f"--api-server-count {servers}: the worker hosts one API server; run more workers"
+        )
+
+
+def _kv_events(
+    reader: _Reader, theirs: Sequence[str], problems: list[str]
+) -> KvEvents | None:
+    if not reader.given("kv-events-port"):
+        if reader.given("kv-replay-port"):
+            problems.append("--worker-kv-replay-port needs --worker-kv-events-port as well")
+        return None
+    if _option(theirs, "--kv-events-config") is not None:
+        problems.append(
+            "--worker-kv-events-port and vLLM's --kv-events-config both set the KV events: keep one"
+        )
+    port = reader.port("kv-events-port")
+    replay = reader.port("kv-replay-port") if reader.given("kv-replay-port") else port + 100
+    return KvEvents(port, replay)
+
+
+def _check_ports(
+    config: Config, theirs: Sequence[str], data_parallel: int, problems: list[str]
+) -> None:
+    """No two listeners on one port; port 0 and an address of its own never clash."""
+    uses: list[tuple[str, int]] = []
+    if _option(theirs, "--uds") is None and _option(theirs, "--config") is None:
+        api_port = _their_int(theirs, "--port", default=8000, problems=problems)
+        uses.append(("the API (--port)", api_port))
+    uses.append(("the system server (--worker-system-port)", config.system_port))
+    if config.kv_events is not None:
+        for rank in range(data_parallel):
+            uses.append((f"KV events of rank {rank}", config.kv_events.port + rank))
+            uses.append((f"KV replay of rank {rank}", config.kv_events.replay_port + rank))
+    taken: dict[int, str] = {}
+    for what, port in uses:
+        if port > 65535:
+            problems.append(f"{what}: port {port} is above 65535")
+        elif port and port in taken:
+            problems.append(f"port {port} is asked for by {taken[port]} and by {what}")
+        taken.setdefault(port, what)

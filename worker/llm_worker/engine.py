@@ -1,0 +1,361 @@
+"""The vLLM boundary: with ``stats.py`` and ``startup.py`` the only module that imports vLLM.
+
+Owns one ``AsyncLLM``, vLLM's own API application on it, the engine's processes and their shared
+memory. It knows how to start them, how to tell that they died, and how to leave nothing behind.
+It decides nothing: what follows a death or a signal is ``app``'s business.
+
+Source: vllm/entrypoints/launchers/api_server/entry.py and launcher.py, 0.32.0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+from multiprocessing import connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import psutil
+
+from llm_worker import startup, stats, tiny
+from llm_worker.config import TINY, Config, cache_directory
+from llm_worker.errors import ConfigError
+from llm_worker.metrics import Metrics
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+# Python's multiprocessing names its segments so; vLLM's ring buffers are among them.
+SEGMENT = re.compile(rf"{SHARED_MEMORY}/(psm_[0-9a-f]+)")
+TINY_KV_CACHE_BYTES = 256 * 2**20
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment and what a worker needs otherwise than a shell.
+
+    Called before vLLM is imported. What the user has set is left alone, but for the reaction to a
+    dead engine: vLLM would stop the API server by itself and exit with code 0.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    os.environ["LLM_WORKER_PARENT_PID"] = str(os.getpid())
+
+
+def parse_arguments(config: Config) -> Namespace:
+    """vLLM's arguments through vLLM's own parser.
+
+    Raises:
+        ConfigError: vLLM refuses them; its message is on standard error already.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="llm_worker"))
+    try:
+        args = parser.parse_args([*_defaults(config), *config.engine_args])
+        configure_logging_from_args(args)
+        validate_parsed_serve_args(args)
+    except SystemExit as error:
+        if error.code in (0, None):  # --help, --version
+            raise
+        raise ConfigError(["vLLM refused its arguments (see above)"]) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"vLLM refused its arguments: {error}"]) from error
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    return args
+
+
+def _defaults(config: Config) -> list[str]:
+    """Arguments that come before the user's, so that the user's win."""
+    defaults: list[str] = []
+    if config.log_format == "json":
+        defaults += ["--logging-config.formatter", "json"]
+    if config.kv_events is not None:
+        events = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{config.kv_events.port}",
+            "replay_endpoint": f"tcp://*:{config.kv_events.replay_port}",
+        }
+        defaults += ["--kv-events-config", json.dumps(events)]
+    if config.model == TINY and not Path(TINY).exists():
+        model = tiny.make(cache_directory() / TINY)
+        defaults += ["--model", str(model), "--load-format", "dummy", "--served-model-name", TINY]
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            defaults += ["--kv-cache-memory-bytes", str(TINY_KV_CACHE_BYTES)]
+    elif config.model is not None:
+        defaults += ["--model", config.model]
+    return defaults
+
+
+def bind_api(args: Namespace) -> socket.socket:
+    """Bind vLLM's API port before the model loads, so that a busy one fails at once.
+
+    Raises:
+        ConfigError: it cannot be bound.
+    """
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    try:
+        _, listener = setup_server(args, reuse_port=False)
+    except OSError as error:
+        where = args.uds or f"{args.host or '0.0.0.0'}:{args.port}"  # noqa: S104 - a message
+        raise ConfigError(
+            [
+                f"the API cannot listen on {where} ({error.strerror or error}): "
+                "choose another --port, or stop what holds it"
+            ]
+        ) from error
+    except KeyError as error:
+        raise ConfigError([f"vLLM refused its arguments: {error.args[0]}"]) from error
+    return listener
+
+
+# Names and times a start-up phase: ``with phase("configure"): ...``
+Phase = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+class Engine:
+    """A running vLLM engine, its processes and its shared memory."""
+
+    def __init__(self, llm: AsyncLLM, args: Namespace) -> None:
+        self._llm = llm
+        self._args = args
+        # Empty where vLLM runs the engine in this process or on Ray.
+        manager = getattr(llm.engine_core.resources, "engine_manager", None)
+        self._processes = list(getattr(manager, "processes", []))
+        self._segments = _mapped_segments()
+
+    @classmethod
+    async def start(cls, args: Namespace, config: Config, metrics: Metrics, phase: Phase) -> Engine:
+        """Configure and start the engine; blocks this loop until the model is loaded.
+
+        Raises:
+            Exception: whatever vLLM raises when it cannot start.
+        """
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        with phase("configure"):
+            engine_args = AsyncEngineArgs.from_cli_args(args)
+            propagate_flash_late_interaction(args, engine_args)
+            vllm_config = engine_args.create_engine_config(
+                usage_context=UsageContext.OPENAI_API_SERVER
+            )
+        stats.install_ledger(metrics)
+        with phase("engine"):
+            llm = AsyncLLM.from_vllm_config(
+                vllm_config=vllm_config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[stats.bind(metrics, config.goodput)],
+                enable_log_requests=engine_args.enable_log_requests,
+                aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
+        return cls(llm, args)
+
+    async def build_api(
+        self, drain_seconds: float, on_started: Callable[[], None]
+    ) -> uvicorn.Server:
+        """vLLM's own API application on this engine, in a server that leaves signals alone.
+
+        In-flight requests may take ``drain_seconds`` once the server is told to exit;
+        ``on_started`` is called when it listens. vLLM's lifespan runs in it: periodic statistics in
+        the log, and the frozen heap that keeps garbage collection out of token latencies.
+        """
+        import uvicorn
+        from vllm import envs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.launcher import NoSignalServer
+        from vllm.entrypoints.launchers.utils.constants import (
+            H11_MAX_HEADER_COUNT_DEFAULT,
+            H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
+        )
+        from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+        args = self._args
+        await self._llm.reset_mm_cache()  # don't keep the profiling run's dummy data
+        tasks = await self._llm.get_supported_tasks()
+        app = build_app(args, tasks, self._llm.model_config)
+        await init_app_state(self._llm, app.state, args, tasks)
+        config = uvicorn.Config(
+            app,
+            host=args.host,
+            port=args.port,
+            log_level=args.uvicorn_log_level,
+            log_config=get_uvicorn_log_config(args) or uvicorn.config.LOGGING_CONFIG,
+            access_log=not args.disable_uvicorn_access_log,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            # uvicorn counts whole seconds; 0 would mean for ever
+            timeout_graceful_shutdown=max(1, round(drain_seconds)),
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            ssl_cert_reqs=args.ssl_cert_reqs,
+            ssl_ciphers=args.ssl_ciphers,
+        )
+        config.h11_max_incomplete_event_size = (
+            args.h11_max_incomplete_event_size or H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
+        )
+        config.h11_max_header_count = args.h11_max_header_count or H11_MAX_HEADER_COUNT_DEFAULT
+        config.load()
+
+        class Server(NoSignalServer):  # type: ignore[misc]
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                if self.started:
+                    on_started()
+
+        server: uvicorn.Server = Server(config)
+        app.state.server = server  # vLLM's error handlers need it
+        if args.enable_ssl_refresh:
+            from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
+
+            app.state.ssl_refresher = SSLCertRefresher(
+                ssl_context=config.ssl,
+                key_path=config.ssl_keyfile,
+                cert_path=config.ssl_certfile,
+                ca_path=config.ssl_ca_certs,
+            )
+        return server
+
+    async def warm_up(self) -> None:
+        """One request for one token: proves that the engine answers before anyone is told so.
+
+        It is a request like any other and is counted as one. Pooling models have none.
+
+        Raises:
+            Exception: whatever vLLM raises when the request fails.
+        """
+        from vllm import SamplingParams
+
+        if "generate" not in await self._llm.get_supported_tasks():
+            return
+        bos = getattr(self._llm.tokenizer, "bos_token_id", None) or 0
+        parameters = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+        prompt: Any = {"type": "token", "prompt_token_ids": [bos]}
+        async for _ in self._llm.generate(prompt, parameters, request_id=f"warm-up-{uuid4()}"):
+            pass
+
+    async def model_load_seconds(self) -> float | None:
+        """How long the slowest rank took to load the model; None where it cannot be known."""
+        return await startup.model_load_seconds(self._llm)
+
+    @property
+    def model_name(self) -> str:
+        """The name under which vLLM serves and labels the model."""
+        return str(self._llm.model_config.served_model_name)
+
+    def info(self) -> stats.EngineCacheInfo:
+        """What the engine has: blocks, limits, parallel sizes."""
+        return stats.engine_cache_info(self._llm.vllm_config)
+
+    def is_dead(self) -> bool:
+        """Whether an engine process ended or vLLM gave the engine up; callable from any thread."""
+        return bool(self._llm.errored) or bool(
+            connection.wait([process.sentinel for process in self._processes], timeout=0)
+        )
+
+    async def died(self) -> str:
+        """Wait until an engine process ends or vLLM gives the engine up; return what happened.
+
+        The processes are watched themselves: vLLM sets its own flag only after it has stopped the
+        other ranks, which takes seconds.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        # Copies, because vLLM closes the originals whenever it likes.
+        watched = [os.dup(process.sentinel) for process in self._processes]
+        handler = self._llm.output_handler
+        try:
+            for descriptor in watched:
+                loop.add_reader(descriptor, wake)
+            if handler is not None:
+                handler.add_done_callback(lambda _: wake())
+            await ended
+        finally:
+            for descriptor in watched:
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
+        causes = [
+            f"{process.name} {_exit_text(process.exitcode)}"
+            for process in self._processes
+            if process.exitcode is not None
+        ]
+        return ", ".join(causes) or "vLLM gave the engine up (its log says why)"
+
+    def stop(self, timeout: float) -> None:
+        """Stop the engine and see to it that no process and no shared memory is left.
+
+        Blocks for up to ``timeout`` seconds and a few more where processes have to be killed.
+        """
+        self._processes = []
+        self._llm.shutdown(timeout=timeout)
+        end_children(grace_seconds=2.0)
+        for segment in self._segments:
+            with contextlib.suppress(FileNotFoundError):
+                segment.unlink()
+                log.warning("removed the shared memory that the engine left: %s", segment)
+
+
+def end_children(grace_seconds: float) -> None:
+    """End every process that descends from this one, killing what does not go by itself."""
+    left = [child for child in psutil.Process().children(recursive=True) if not _is_tracker(child)]
+    for child in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    _, stubborn = psutil.wait_procs(left, timeout=grace_seconds)
+    for child in stubborn:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(stubborn, timeout=grace_seconds)
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Python's resource tracker ends by itself, after it has cleaned up."""
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _mapped_segments() -> set[Path]:
+    """The shared-memory segments that this process and its descendants have mapped."""
+    segments: set[Path] = set()
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
+            segments.update(Path(match.group(0)) for match in SEGMENT.finditer(maps))
+    return segments
+
+
+def _exit_text(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(-code).name}"
+    return f"exited with code {code}"

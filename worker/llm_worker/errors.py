@@ -1,0 +1,44 @@
+"""What can go wrong with the worker itself, who handles it and which exit code tells it.
+
+The codes follow sysexits.h where it has a word for the case, so that a supervisor can tell a worker
+that must be reconfigured (78) from one that may simply be started again (69, 70).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_STOPPED = 0  # asked to stop, drained
+EXIT_INTERNAL = 1  # a bug of ours
+EXIT_START_FAILED = 69  # EX_UNAVAILABLE: the engine did not come up
+EXIT_ENGINE_DIED = 70  # EX_SOFTWARE: the engine came up and died
+EXIT_CONFIG = 78  # EX_CONFIG: the settings are wrong; starting again cannot help
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work, all of them at once. Handled by ``__main__``: print, exit 78."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+class EngineStartError(RuntimeError):
+    """The engine did not come up. Handled by ``app``: clean up, exit 69."""
+
+    def __init__(self, phase: str, cause: str) -> None:
+        super().__init__(f"the engine failed to start in phase {phase!r}: {cause}")
+        self.phase = phase
+        self.cause = cause
+
+
+class EngineDiedError(RuntimeError):
+    """The running engine died. Handled by ``app``: fail what is in flight, clean up, exit 70."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"the engine died: {cause}")
+        self.cause = cause
+
+
+class StopRequested(KeyboardInterrupt):  # noqa: N818 - not an error
+    """SIGTERM or SIGINT before the engine was up. Handled by ``app``: clean up, exit 0."""
