@@ -140,7 +140,7 @@ class Worker:
             self.lifecycle.to(State.DRAINING, "asked to stop during start-up")
             return EXIT_STOPPED, "stopped"
         except EngineStartError as error:
-            log.exception("%s", error, extra={"phase": error.phase})
+            log.exception("start-up failed in phase %s", error.phase, extra={"phase": error.phase})
             self.lifecycle.to(State.DEAD, str(error))
             return EXIT_START_FAILED, "start_failed"
         except EngineDiedError as error:

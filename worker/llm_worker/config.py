@@ -4,7 +4,7 @@ Ours are few and start with ``--worker-`` (in the environment ``LLM_WORKER_``); 
 environment. Everything else on the command line is vLLM's and passes through verbatim, so there is
 no second list of vLLM's options here. The few of those that collide with ours are looked at, never
 changed. Every problem is collected and they are reported together. Nothing here imports vLLM, nor
-prometheus_client, which must find its multiprocess directory in the environment when it is imported.
+prometheus_client, which looks for its multiprocess directory when it is first imported.
 """
 
 from __future__ import annotations
@@ -228,12 +228,12 @@ def help_text() -> str:
             "usage: python -m llm_worker [--worker-... VALUE] [vLLM engine and server arguments]",
             "",
             "Runs vLLM in this process, serves vLLM's own API (--port, 8000) and a system server",
-            "(/live /ready /health /version /metrics /engine/info). Each flag can also be set in the",
-            "environment: --worker-system-port is LLM_WORKER_SYSTEM_PORT. A flag wins.",
+            "(/live /ready /health /version /metrics /engine/info). Each flag can also be set in",
+            "the environment: --worker-system-port is LLM_WORKER_SYSTEM_PORT. A flag wins.",
             "",
             *rows,
             "",
-            "  --check-config          print the resolved configuration, don't start (exit 78: wrong)",
+            "  --check-config          print the resolved configuration and don't start",
             "  --dump-config-to FILE   write it to FILE and start",
             "",
             "vLLM's own options: --help=all, --help=ModelConfig and so on.",
@@ -404,9 +404,7 @@ def _option(theirs: Sequence[str], *flags: str) -> str | None:
     return found
 
 
-def _their_int(
-    theirs: Sequence[str], *flags: str, default: int, problems: list[str]
-) -> int:
+def _their_int(theirs: Sequence[str], *flags: str, default: int, problems: list[str]) -> int:
     text = _option(theirs, *flags)
     if text is None:
         return default
@@ -448,9 +446,7 @@ def _check_theirs(theirs: Sequence[str], problems: list[str]) -> None:
         )
 
 
-def _kv_events(
-    reader: _Reader, theirs: Sequence[str], problems: list[str]
-) -> KvEvents | None:
+def _kv_events(reader: _Reader, theirs: Sequence[str], problems: list[str]) -> KvEvents | None:
     if not reader.given("kv-events-port"):
         if reader.given("kv-replay-port"):
             problems.append("--worker-kv-replay-port needs --worker-kv-events-port as well")

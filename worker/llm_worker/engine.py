@@ -33,12 +33,11 @@ from llm_worker.metrics import Metrics
 
 if TYPE_CHECKING:
     import uvicorn
-    from fastapi import FastAPI
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel keeps them
 # Python's multiprocessing names its segments so; vLLM's ring buffers are among them.
 SEGMENT = re.compile(rf"{SHARED_MEMORY}/(psm_[0-9a-f]+)")
 TINY_KV_CACHE_BYTES = 256 * 2**20

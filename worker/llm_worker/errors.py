@@ -40,5 +40,5 @@ class EngineDiedError(RuntimeError):
         self.cause = cause
 
 
-class StopRequested(KeyboardInterrupt):  # noqa: N818 - not an error
+class StopRequested(KeyboardInterrupt):
     """SIGTERM or SIGINT before the engine was up. Handled by ``app``: clean up, exit 0."""

@@ -21,7 +21,7 @@ from llm_worker.metrics import Metrics
 log = logging.getLogger(__name__)
 
 
-class State(str, enum.Enum):
+class State(enum.StrEnum):
     """What the worker is doing, in one word."""
 
     STARTING = "starting"  # the model loads
