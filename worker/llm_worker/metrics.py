@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.samples import Sample
+
+from llm_worker.config import GoodputTargets
 
 PREFIX = "llm_worker_"
 
@@ -100,27 +101,6 @@ REQUEST_BUCKETS: tuple[float, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 
 _ENGINE = ("model_name", "engine")
 
 
-@dataclass(frozen=True, slots=True)
-class GoodputTargets:
-    """What one request has to keep, all of it together, to count as good. Upper bounds, seconds."""
-
-    ttft_seconds: float = 1.0  # arrival to first token
-    tpot_seconds: float = 0.1  # mean time per output token after the first
-    e2e_seconds: float = 30.0  # arrival to last token
-
-    def __post_init__(self) -> None:
-        for objective in OBJECTIVES:
-            value = self.seconds(objective)
-            if not value > 0:
-                raise ValueError(f"goodput target {objective} must be above 0 seconds, not {value}")
-
-    def seconds(self, objective: str) -> float:
-        """Return the target of one of ``OBJECTIVES``."""
-        return {"ttft": self.ttft_seconds, "tpot": self.tpot_seconds, "e2e": self.e2e_seconds}[
-            objective
-        ]
-
-
 class _UnknownUntilSet(Gauge):
     """A gauge without labels that has no sample until it is first set.
 
@@ -171,7 +151,8 @@ class StatMetrics:
     def set_goodput_targets(self, targets: GoodputTargets) -> None:
         """Publish the targets that the goodput counters are judged by."""
         for objective in OBJECTIVES:
-            self.goodput_target_seconds.labels(objective).set(targets.seconds(objective))
+            seconds = getattr(targets, f"{objective}_seconds")
+            self.goodput_target_seconds.labels(objective).set(seconds)
 
     def _counter(self, name: str, help_: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(PREFIX + name, help_, tuple(labels), registry=self.registry)
