@@ -1,0 +1,204 @@
+# Shell that the commands share: messages, Docker, Debian packages, the Python environment.
+# Sourced with $root set to the repository's root; never run by itself. POSIX sh.
+# shellcheck shell=sh disable=SC2016,SC2034,SC2154
+
+say() { printf '%s\n' "$*"; }
+warn() { printf '%s\n' "$*" >&2; }
+
+# die CODE MESSAGE: the message names the fix.
+die() {
+    code=$1
+    shift
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit "$code"
+}
+
+# The comment at the top of a command is its help.
+usage() { sed -n '2,/^[^#]/{ s/^# \{0,1\}//p; }' "$1"; }
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# Runs a command as root: at once, or by a sudo that does not ask.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+# --- Docker ---------------------------------------------------------------------------------------
+
+# True when an engine and compose v2 answer; otherwise $docker_problem says what is missing.
+docker_ready() {
+    docker_problem=
+    if ! have docker; then
+        docker_problem="the docker command is not installed"
+    elif ! docker_answer=$(docker version --format '{{.Server.Version}}' 2>&1); then
+        docker_problem="the Docker engine does not answer ($(printf '%s' "$docker_answer" | tail -n 1))"
+    elif ! docker_answer=$(docker compose version --short 2>&1); then
+        docker_problem="the compose plugin (docker compose, version 2) is not installed"
+    else
+        docker_answer=${docker_answer#v}
+        case $docker_answer in
+            1.* | 2.[0-9].* | 2.1[0-9].* | 2.2[0-3].*)
+                docker_problem="docker compose $docker_answer is too old; 2.24 or newer is needed"
+                ;;
+        esac
+    fi
+    [ -z "$docker_problem" ]
+}
+
+# --- Debian packages, without touching the system -------------------------------------------------
+# Prometheus 3 and Alertmanager come from Debian's forky; its packages of these run on bookworm. An
+# apt of our own under .local/ reads forky from the mirror that this machine already uses.
+
+debian_mirror() {
+    have apt-get || return 0
+    apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+        awk '$1 ~ /\/debian\/$/ && $3 == "main" { print $1; exit }'
+}
+
+debian_keyring() {
+    for keyring in $(sed -n 's/^Signed-By: *\(\/[^ ]*\)$/\1/p' /etc/apt/sources.list.d/*.sources 2>/dev/null) \
+        /usr/share/keyrings/debian-archive-keyring.gpg; do
+        case $keyring in *debian*) [ -r "$keyring" ] && { printf '%s\n' "$keyring"; return; } ;; esac
+    done
+}
+
+# The forky source in apt's own format.
+forky_source() {
+    mirror=$(debian_mirror)
+    keyring=$(debian_keyring)
+    [ -n "$mirror" ] && [ -n "$keyring" ] || return 1
+    printf 'Types: deb\nURIs: %s\nSuites: forky\nComponents: main\nSigned-By: %s\nCheck-Valid-Until: no\n' \
+        "$mirror" "$keyring"
+}
+
+forky_apt() {
+    apt_home=$root/.local/apt
+    verb=$1
+    shift
+    apt-get -q -o "Dir::Etc::SourceList=/dev/null" -o "Dir::Etc::SourceParts=$apt_home/sources" \
+        -o "Dir::State::Lists=$apt_home/lists" -o "Dir::Cache=$apt_home/cache" \
+        -o "Dir::Etc::PreferencesParts=$apt_home/none" -o "Dir::Etc::Preferences=$apt_home/none" \
+        -o "APT::Sandbox::User=root" -o "Debug::NoLocking=1" "$verb" "$@"
+}
+
+# forky_download DIR PACKAGE...: fetches the .deb files, installs nothing.
+forky_download() {
+    directory=$1
+    shift
+    if ! have apt-get; then
+        warn "no apt on this machine"
+        return 1
+    fi
+    mkdir -p "$root/.local/apt/sources" "$root/.local/apt/lists/partial" \
+        "$root/.local/apt/cache/archives/partial" "$directory"
+    if ! forky_source >"$root/.local/apt/sources/forky.sources"; then
+        warn "no Debian mirror among this machine's apt sources"
+        return 1
+    fi
+    if ! forky_apt update >"$root/.local/apt/log" 2>&1 ||
+        ! (cd "$directory" && forky_apt download "$@" >>"$root/.local/apt/log" 2>&1); then
+        tail -n 5 "$root/.local/apt/log" >&2
+        return 1
+    fi
+}
+
+# Puts prometheus, promtool, prometheus-alertmanager and amtool on PATH: the machine's own when it
+# has them, otherwise Debian's under .local/. On failure $binaries_problem says what is missing.
+find_binaries() {
+    PATH=$PATH:$root/.local/bin
+    export PATH
+    binaries_problem=
+    missing=$(missing_binaries)
+    if [ -n "$missing" ] && [ "${1-}" = install ]; then
+        say "fetching Prometheus and Alertmanager from Debian (missing: $missing)"
+        debs=$root/.local/debs
+        if forky_download "$debs" prometheus promtool prometheus-alertmanager; then
+            mkdir -p "$root/.local/bin"
+            for deb in "$debs"/*.deb; do dpkg --extract "$deb" "$debs"; done
+            for name in $missing; do
+                [ -x "$debs/usr/bin/$name" ] && cp "$debs/usr/bin/$name" "$root/.local/bin/$name"
+            done
+            rm -rf "$debs"
+        fi
+        missing=$(missing_binaries)
+    fi
+    [ -z "$missing" ] && return 0
+    binaries_problem="not on PATH: $missing. Install Prometheus 3 and Alertmanager (the releases of the projects prometheus/prometheus and prometheus/alertmanager, or Debian forky's packages) and put them on PATH"
+    return 1
+}
+
+missing_binaries() {
+    for name in prometheus promtool prometheus-alertmanager amtool; do
+        have "$name" && continue
+        # The project's own release calls the program alertmanager; Debian prefixes it.
+        if [ "$name" = prometheus-alertmanager ] && have alertmanager; then
+            mkdir -p "$root/.local/bin"
+            ln -sf "$(command -v alertmanager)" "$root/.local/bin/prometheus-alertmanager"
+            continue
+        fi
+        printf '%s ' "$name"
+    done
+}
+
+# --- The Python environment -----------------------------------------------------------------------
+
+# A Python that the locks fit.
+pick_python() {
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if have "$candidate" &&
+            "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return 0
+        fi
+    done
+    return 1
+}
+
+torch_hint() {
+    printf '%s' "If it is torch==…+cpu that is not found: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a directory that holds the wheel."
+}
+
+# environment [--dry-run]: makes .venv match the locks; at once when nothing changed.
+environment() {
+    venv=$root/.venv
+    python=$venv/bin/python
+    locks="worker/requirements/cpu.txt tests/requirements.txt"
+    # shellcheck disable=SC2086  # a list of two files
+    locked=$(cd "$root" && cat $locks pyproject.toml | sha256sum | cut -c1-16)
+    if [ -x "$python" ] && [ "$(cat "$venv/.locked" 2>/dev/null)" = "$locked" ]; then
+        return 0
+    fi
+    if [ "${1-}" = --dry-run ]; then
+        say "would make .venv and install worker/requirements/cpu.txt, tests/requirements.txt and this package"
+        return 0
+    fi
+    if [ ! -x "$python" ]; then
+        base_python=$(pick_python) ||
+            die 6 "no Python 3.11 or newer with venv: install it (Debian: apt-get install python3-venv)"
+        say "making .venv with $base_python"
+        "$base_python" -m venv "$venv" || die 6 "$base_python cannot make a virtual environment in .venv"
+    fi
+    say "installing the locked CPU vLLM and the tools (600 MB the first time)"
+    have uv || [ -x "$venv/bin/uv" ] || "$python" -m pip install --quiet uv 2>/dev/null || true
+    for lock in $locks; do
+        install_locked --requirement "$lock" || die 6 "cannot install $lock. $(torch_hint)"
+    done
+    install_locked --no-build-isolation --editable . || die 6 "cannot install this package into .venv"
+    printf '%s\n' "$locked" >"$venv/.locked"
+}
+
+# uv when there is one, with pip's own settings; pip when uv is absent or cannot.
+install_locked() {
+    uv=$venv/bin/uv
+    [ -x "$uv" ] || uv=$(command -v uv || true)
+    if [ -n "$uv" ]; then
+        if (
+            eval "$("$python" "$root/scripts/lib/uv_settings.py")"
+            cd "$root" && "$uv" pip install --quiet --python "$python" --no-deps "$@"
+        ); then
+            return 0
+        fi
+        warn "uv cannot; trying pip"
+    fi
+    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check --no-deps "$@")
+}
