@@ -44,9 +44,12 @@ def main() -> int:
 
 def _run(config: Config) -> int:
     # In this order: prometheus_client looks for its directory when it is first imported.
-    from llm_worker.multiprocess import prepare_multiprocess
+    from llm_worker.multiprocess import MultiprocessError, prepare_multiprocess
 
-    multiprocess = prepare_multiprocess(config.multiproc_dir)
+    try:
+        multiprocess = prepare_multiprocess(config.multiproc_dir)
+    except MultiprocessError as error:
+        raise ConfigError([str(error)]) from error
     from llm_worker import app
 
     if multiprocess is None:

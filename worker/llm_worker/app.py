@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import os
 import platform
@@ -133,7 +134,7 @@ class Worker:
                 boundary.prepare_environment()
                 import uvloop
                 import vllm
-            self.metrics.build_info.labels(__version__, vllm.__version__).set(1)
+            self.metrics.set_build(__version__, vllm.__version__)
             uvloop.run(self._main())
         except StopRequested:
             log.info("asked to stop during start-up")
@@ -262,7 +263,8 @@ class Worker:
             self.metrics.model_load_seconds.labels(engine.model_name).set(seconds)
 
     async def _system_server_ended(self) -> None:
-        await asyncio.wrap_future(self.system_server.ended)
+        # Shielded: cancelling this task must not cancel the thread's own future.
+        await asyncio.shield(asyncio.wrap_future(self.system_server.ended))
 
     def _sign_of_life(self) -> None:
         now = time.monotonic()
@@ -271,7 +273,7 @@ class Worker:
             self._record.alive()
 
     def _engine_info(self) -> dict[str, Any] | None:
-        return None if self._engine is None else self._engine.info().to_json()
+        return None if self._engine is None else dataclasses.asdict(self._engine.info())
 
     def _end_children(self) -> None:
         if "llm_worker.engine" in sys.modules:

@@ -75,9 +75,8 @@ def parse_arguments(config: Config) -> Namespace:
         raise ConfigError(["vLLM refused its arguments (see above)"]) from error
     except (TypeError, ValueError) as error:
         raise ConfigError([f"vLLM refused its arguments: {error}"]) from error
-    if args.model_tag is not None:
-        args.model = args.model_tag
-    return args
+    namespace: Namespace = args
+    return namespace
 
 
 def _defaults(config: Config) -> list[str]:
@@ -112,6 +111,7 @@ def bind_api(args: Namespace) -> socket.socket:
     from vllm.entrypoints.launchers.launcher import setup_server
 
     try:
+        listener: socket.socket
         _, listener = setup_server(args, reuse_port=False)
     except OSError as error:
         where = args.uds or f"{args.host or '0.0.0.0'}:{args.port}"  # noqa: S104 - a message
@@ -215,7 +215,9 @@ class Engine:
         config.h11_max_incomplete_event_size = (
             args.h11_max_incomplete_event_size or H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
         )
-        config.h11_max_header_count = args.h11_max_header_count or H11_MAX_HEADER_COUNT_DEFAULT
+        config.h11_max_header_count = (  # type: ignore[attr-defined]  # as vLLM sets it
+            args.h11_max_header_count or H11_MAX_HEADER_COUNT_DEFAULT
+        )
         config.load()
 
         class Server(NoSignalServer):  # type: ignore[misc]

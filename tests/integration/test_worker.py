@@ -1,0 +1,325 @@
+"""The worker on the real engine: it serves, tells its state, and ends well whatever happens."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+
+from worker_process import WorkerProcess, free_ports
+
+pytestmark = pytest.mark.needs("vllm")
+
+Start = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts workers that end with the test."""
+    workers: list[WorkerProcess] = []
+
+    def begin(*arguments: str, **fields: Any) -> WorkerProcess:
+        log = tmp_path / f"worker-{len(workers)}.log"
+        workers.append(WorkerProcess(log, arguments, **fields))
+        return workers[-1]
+
+    yield begin
+    for each in workers:
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def start_up() -> list[dict[str, Any]]:
+    """What ``/health`` said while the shared worker started; filled by ``worker``."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def worker(
+    tmp_path_factory: pytest.TempPathFactory, start_up: list[dict[str, Any]]
+) -> Iterator[WorkerProcess]:
+    """One ready worker for the tests that only look."""
+    log = tmp_path_factory.mktemp("worker") / "log"
+    running = WorkerProcess(
+        log,
+        ("--worker-namespace", "team-a", "--worker-component", "chat"),
+        {"LLM_WORKER_GOODPUT": "ttft=60,tpot=60,e2e=0.000001"},
+    )
+    try:
+        running.wait_until_listening()
+        while not start_up or not start_up[-1]["ready"]:
+            said = running.health()
+            assert said is not None, running.log()[-4000:]
+            start_up.append(said)
+            time.sleep(0.05)
+        yield running
+    finally:
+        running.close()
+
+
+def test_the_system_server_tells_the_phases_before_the_model_is_loaded(
+    worker: WorkerProcess, start_up: list[dict[str, Any]]
+) -> None:
+    """From the first second on, one can see what start-up is doing."""
+    phases = list(dict.fromkeys(said["startup_phase"] for said in start_up))
+    assert phases[0] == "import"
+    assert "engine" in phases
+    assert phases[-1] is None
+    assert start_up[0]["reasons"][0]["code"] == "state_starting"
+    assert all(said["live"] for said in start_up)
+
+
+def test_it_serves_every_kind_of_vllm_request(worker: WorkerProcess) -> None:
+    """Completions, chat, streams, models and tokenisation are vLLM's own routes."""
+    assert worker.complete(prompt="hello", max_tokens=5).json()["usage"]["completion_tokens"] <= 5
+    chat = httpx.post(
+        f"{worker.api}/v1/chat/completions",
+        json={
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 4,
+            "ignore_eos": True,
+        },
+        timeout=60,
+    ).json()
+    assert chat["choices"][0]["finish_reason"] == "length"
+    assert sum(1 for _ in worker.stream(max_tokens=7)) >= 7
+    assert httpx.get(f"{worker.api}/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(f"{worker.api}/health").status_code == 200
+    assert httpx.post(f"{worker.api}/tokenize", json={"model": "tiny", "prompt": "a"}).json()
+
+
+def test_both_formats_carry_vllms_metrics_and_ours_with_the_constant_labels(
+    worker: WorkerProcess,
+) -> None:
+    """One page: vLLM's families, ours and the process's, in the format that was asked for."""
+    plain = worker.get("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+    names = {name.split("{")[0] for name in worker.samples()}
+    assert {
+        "vllm:num_requests_running",
+        "llm_worker_kv_capacity_blocks",
+        "process_resident_memory_bytes",
+    } <= names
+    asked = {"accept": "application/openmetrics-text; version=1.0.0"}
+    open_page = worker.get("/metrics", headers=asked)
+    assert open_page.headers["content-type"].startswith("application/openmetrics-text")
+    families = {family.name: family for family in openmetrics(open_page.text)}
+    (sample,) = families["vllm:num_requests_running"].samples
+    assert sample.labels["llm_namespace"] == "team-a"
+    assert sample.labels["llm_component"] == "chat"
+    assert worker.samples()[
+        'llm_worker_exporter_source_up{llm_component="chat",llm_namespace="team-a",source="vllm"}'
+    ]
+
+
+def value(worker: WorkerProcess, name: str, **labels: str) -> float:
+    """The sum over the series that carry these labels."""
+    wanted = [f'{key}="{text}"' for key, text in labels.items()]
+    found = [
+        number
+        for series, number in worker.samples().items()
+        if series.partition("{")[0] == name and all(pair in series for pair in wanted)
+    ]
+    assert found, f"no series {name} {labels}"
+    return sum(found)
+
+
+def test_capacity_and_limits_are_known_on_an_idle_engine(worker: WorkerProcess) -> None:
+    """The first scrape of an engine that never stepped is right already, and agrees with info."""
+    info = worker.get("/engine/info").json()
+    blocks = value(worker, "llm_worker_kv_capacity_blocks", engine="0")
+    block_size = value(worker, "llm_worker_kv_block_size_tokens", engine="0")
+    assert blocks > 0
+    assert value(worker, "llm_worker_kv_capacity_tokens", engine="0") == blocks * block_size
+    assert block_size == info["block_size_tokens"]
+    assert value(worker, "llm_worker_engine_max_model_len_tokens", engine="0") == 4096
+
+
+def test_the_ledger_balances_after_a_disconnect_that_vllm_does_not_count(
+    worker: WorkerProcess,
+) -> None:
+    """received = ended + in flight, and who hung up is counted as such."""
+    before = value(worker, "llm_worker_requests_ended_total", outcome="disconnected")
+    stream = worker.stream(max_tokens=3000)
+    next(stream)
+    assert value(worker, "llm_worker_requests_in_flight") == 1
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10
+    while value(worker, "llm_worker_requests_in_flight") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ended = value(worker, "llm_worker_requests_ended_total")
+    assert value(worker, "llm_worker_requests_ended_total", outcome="disconnected") == before + 1
+    assert value(worker, "llm_worker_requests_received_total") == ended
+
+
+def test_goodput_needs_every_target_at_once(worker: WorkerProcess) -> None:
+    """With an end-to-end target that nobody can meet, nothing is goodput, and it says why."""
+    worker.complete(prompt="hello", max_tokens=3)
+    evaluated = value(worker, "llm_worker_goodput_evaluated_requests_total")
+    assert evaluated > 0
+    assert value(worker, "llm_worker_goodput_requests_total") == 0
+    assert value(worker, "llm_worker_goodput_missed_requests_total", objective="e2e") == evaluated
+    assert value(worker, "llm_worker_goodput_missed_requests_total", objective="ttft") == 0
+
+
+def test_an_unknown_route_says_so(worker: WorkerProcess) -> None:
+    """A wrong path is a clear answer."""
+    answer = worker.get("/healthz")
+    assert answer.status_code == 404
+    assert "/healthz" in answer.json()["error"]
+
+
+def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: Path) -> None:
+    """A drained worker is unready at once, loses no token, leaves no process, remembers why."""
+    worker = start("--worker-state-dir", str(tmp_path / "state"), "--worker-drain-seconds", "60")
+    worker.wait_until_ready()
+    children, segments = worker.descendants(), worker.segments()
+    chunks: list[dict[str, Any]] = []
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(lambda: chunks.extend(worker.stream(max_tokens=1500)))
+        while not chunks:
+            time.sleep(0.01)
+        worker.terminate()
+        asked = time.monotonic()
+        while (health := worker.health()) and health["state"] != "draining":
+            assert time.monotonic() - asked < 2
+        assert worker.get("/ready").status_code == 503
+        assert not reading.done(), "the stream ended before the drain could be seen"
+        reading.result(timeout=60)
+    assert worker.wait() == 0, worker.log()[-4000:]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert len([chunk for chunk in chunks if chunk["choices"][0]["text"] is not None]) >= 1500
+    assert not [child for child in children if child.is_running()]
+    assert not [segment for segment in segments if segment.exists()]
+    (record,) = (tmp_path / "state").glob("*.exit.json")
+    assert json.loads(record.read_text(encoding="utf-8"))["reason"] == "stopped"
+
+
+def test_a_request_that_outlasts_the_drain_is_ended(start: Start) -> None:
+    """The drain time is a promise to the supervisor, too."""
+    worker = start("--worker-drain-seconds", "1")
+    worker.wait_until_ready()
+    stream = worker.stream(max_tokens=4000)
+    next(stream)
+    threading.Thread(target=lambda: list(_until_error(stream)), daemon=True).start()
+    began = time.monotonic()
+    worker.terminate()
+    assert worker.wait() == 0, worker.log()[-4000:]
+    assert time.monotonic() - began < 20
+
+
+def _until_error(stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from stream
+    except httpx.HTTPError:
+        return
+
+
+def test_a_killed_engine_is_seen_at_once_and_takes_the_worker_along(
+    start: Start, tmp_path: Path
+) -> None:
+    """Unready within 200 ms, requests fail clearly, nothing is left, the next run remembers."""
+    state = str(tmp_path / "state")
+    worker = start("--worker-state-dir", state)
+    worker.wait_until_ready()
+    children, segments = worker.descendants(), worker.segments()
+    assert segments, "the engine maps no shared memory: this test would prove nothing"
+    core = worker.engine_core()
+    with ThreadPoolExecutor() as pool, httpx.Client() as probe:
+        waiting = pool.submit(worker.complete, prompt="a", max_tokens=4000, ignore_eos=True)
+        stream = worker.stream(max_tokens=4000)
+        next(stream)
+        assert probe.get(f"{worker.system}/ready").status_code == 200
+        core.kill()
+        killed = time.monotonic()
+        while probe.get(f"{worker.system}/ready").status_code == 200:
+            assert time.monotonic() - killed < 5
+        unready_after = time.monotonic() - killed
+        chunks = list(_until_error(stream))
+        failed = waiting.result(timeout=30)
+    assert unready_after < 0.2, f"{unready_after:.3f} s"
+    assert failed.status_code == 500
+    assert "EngineCore" in failed.json()["error"]["message"]
+    assert chunks[-1]["error"]["code"] == 500
+    assert worker.wait() == 70, worker.log()[-4000:]
+    assert "EngineCore was ended by SIGKILL" in worker.log()
+    assert not [child for child in children if child.is_running()]
+    assert not [segment for segment in segments if segment.exists()]
+
+    successor = start("--worker-state-dir", state, system_port=worker.system_port)
+    successor.wait_until_listening()
+    died = value(successor, "llm_worker_last_exit_timestamp_seconds", reason="engine_dead")
+    assert abs(time.time() - died) < 60
+    # The same process, asked to stop while the model loads, goes at once.
+    successor.terminate()
+    assert successor.wait(30) == 0, successor.log()[-4000:]
+
+
+def test_a_model_that_is_not_there_exits_69_and_says_where_it_looked(start: Start) -> None:
+    """A start that cannot succeed is told apart from a crash."""
+    worker = start(model="/nowhere/to/be/found")
+    assert worker.wait(120) == 69
+    assert "/nowhere/to/be/found" in worker.log()
+    assert "start-up failed in phase configure" in worker.log()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-model-len", "many"], "vLLM refused its arguments"),
+        (["--port", "{busy}"], "choose another --port"),
+        (["--worker-system-port", "{busy}"], "choose another --worker-system-port"),
+    ],
+)
+def test_settings_that_fail_late_exit_78_with_the_fix(
+    start: Start, arguments: list[str], message: str
+) -> None:
+    """A refused argument or a busy port is a matter of configuration, whoever finds it."""
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        busy = str(holder.getsockname()[1])
+        worker = start(*(argument.format(busy=busy) for argument in arguments))
+        assert worker.wait(120) == 78, worker.log()[-4000:]
+    assert message in worker.log()
+
+
+def test_a_killed_worker_leaves_no_engine_behind(start: Start) -> None:
+    """SIGKILL gives the worker no chance to tidy up; its engine goes all the same."""
+    worker = start()
+    worker.wait_until_ready()
+    children = [c for c in worker.descendants() if "resource_tracker" not in " ".join(c.cmdline())]
+    worker.process.kill()
+    worker.wait()
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
+
+
+def test_writing_routes_ask_for_the_token_beyond_loopback(start: Start, tmp_path: Path) -> None:
+    """Whoever can scrape the worker cannot stop it."""
+    (tmp_path / "token").write_text("s3cret\n", encoding="utf-8")
+    (port,) = free_ports(1)
+    worker = start(
+        "--worker-system-host", "0.0.0.0",
+        "--worker-system-token-file", str(tmp_path / "token"),
+        system_port=port,
+    )  # fmt: skip
+    worker.wait_until_listening()
+    url = f"{worker.system}/engine/drain"
+    assert httpx.post(url).status_code == 401
+    assert httpx.post(url, headers={"authorization": "Bearer wrong"}).status_code == 401
+    assert worker.get("/metrics").status_code == 200
+    assert httpx.post(url, headers={"authorization": "Bearer s3cret"}).status_code == 202
+    assert worker.wait(60) == 0
