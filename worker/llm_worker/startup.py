@@ -12,16 +12,23 @@ Source: vllm/v1/engine/core.py, core_client.py, vllm/v1/worker/worker_base.py, 0
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
+
+from llm_worker import config
 
 log = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _FIELD = "llm_worker_facts"  # in the ready message
 
 
@@ -49,12 +56,42 @@ def install() -> None:
     that process has already imported, so it costs microseconds. Safe to call again.
     """
     try:
+        end_with_parent()
         for module_name, class_name, method, wrap in _HOOKS:
             module = sys.modules.get(module_name)
             if module is not None:
                 _hook(getattr(module, class_name), method, wrap)
     except Exception:
         log.warning("start-up facts of the engine will be missing", exc_info=True)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this engine process when the one that started it is gone.
+
+    vLLM's engine core outlives an API process that was killed (SIGKILL, ``os._exit``) and keeps the
+    accelerator's memory. Only for descendants of a worker of ours on Linux, told by
+    LLM_WORKER_PARENT_PID; a plain ``vllm serve`` is left as it is. The kernel means the *thread*
+    that started this process, so the engine has to be constructed on one that lasts as long as its
+    process, which is the main one.
+    """
+    worker = config.parent_pid_from_env()
+    if worker is None or worker == os.getpid() or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    if worker not in (parent, _parent_of(parent)):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it went while we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        # pid (comm) state ppid ...; comm may hold spaces and brackets
+        fields_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields_[1])
 
 
 def ranks(vllm_config: Any) -> Mapping[int, RankFacts]:
