@@ -41,3 +41,8 @@ ANNOTATIONS: dict[str, Need] = {"Firing alerts": Need("an alert that fires.")}
 UNSCOPED: dict[str, str] = {
     "ALERTS": "made by Prometheus' rules; what an alert is about differs from rule to rule",
 }
+
+# Panels that read a counter without a rate, and the reason.
+RAW_COUNTERS: dict[tuple[str, str], str] = {
+    ("vllm-worker", "Ledger balance"): "the identity holds for the counters themselves",
+}

@@ -73,6 +73,9 @@ def panel(raw: Json) -> Json:
     kept = {key: raw[key] for key in PANEL_KEYS if raw.get(key) is not None}
     kept["id"] = panel_id(raw["title"])
     kept["fieldConfig"] = without_nulls(raw["fieldConfig"])
+    defaults = kept["fieldConfig"]["defaults"]
+    if not defaults.get("thresholds", {}).get("steps"):
+        defaults.pop("thresholds", None)  # grafanalib writes them empty where there are none
     kept["targets"] = [
         target | {"refId": ref_id(index)} for index, target in enumerate(raw["targets"])
     ]

@@ -10,7 +10,6 @@ NONE = "none"
 RATIO = "percentunit"
 SECONDS = "s"
 BYTES = "bytes"
-BYTES_PER_SECOND = "Bps"
 REQUESTS_PER_SECOND = "reqps"
 PER_SECOND = "ops"
 TIME_AGO = "dateTimeFromNow"
@@ -27,7 +26,6 @@ KNOWN = frozenset(
         RATIO,
         SECONDS,
         BYTES,
-        BYTES_PER_SECOND,
         REQUESTS_PER_SECOND,
         PER_SECOND,
         TIME_AGO,
