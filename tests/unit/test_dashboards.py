@@ -318,9 +318,11 @@ def test_every_selector_follows_job_and_instance() -> None:
 
 
 BARE_WORDS = frozenset(
-    ("sum", "max", "min", "avg", "count", "by", "on", "or", "and", "unless", "bool", "ignoring")
-    + ("group_left", "group_right", "rate", "increase", "histogram_quantile", "label_replace")
-    + ("vector", "time")
+    re.findall(
+        r"\w+",
+        "sum max min avg count by on ignoring group_left group_right or and unless bool "
+        "rate increase histogram_quantile label_replace vector time",
+    )
 )
 
 
