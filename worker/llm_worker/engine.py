@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel keeps them
 # Python's multiprocessing names its segments so; vLLM's ring buffers are among them.
 SEGMENT = re.compile(rf"{SHARED_MEMORY}/(psm_[0-9a-f]+)")
+EXIT_CODE_SECONDS = 0.5
 TINY_KV_CACHE_BYTES = 256 * 2**20
 
 
@@ -302,6 +303,10 @@ class Engine:
             for descriptor in watched:
                 loop.remove_reader(descriptor)
                 os.close(descriptor)
+        ended_now = connection.wait([process.sentinel for process in self._processes], timeout=0)
+        for process in self._processes:
+            if process.sentinel in ended_now:  # gone, but its exit code takes a moment longer
+                await asyncio.to_thread(process.join, EXIT_CODE_SECONDS)
         causes = [
             f"{process.name} {_exit_text(process.exitcode)}"
             for process in self._processes
