@@ -1,4 +1,4 @@
-"""NOT Grafana: answers the health check of the compose file, and says so on every other page.
+"""NOT Grafana: answers the health check of the compose file and an empty scrape, no more.
 
 It stands in where no registry answers. It never reads a dashboard or a data source, so no test may
 take its answers as proof that a dashboard works.
@@ -11,7 +11,7 @@ import signal
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-WHAT_THIS_IS = "This is not Grafana. It is a stand-in of tests/images that answers /api/health."
+WHAT_THIS_IS = "This is not Grafana: a stand-in of tests/images that answers its health check."
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -20,15 +20,21 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/api/health":
             self._answer(200, {"database": "ok", "version": "not-grafana", "note": WHAT_THIS_IS})
+        elif self.path == "/metrics":
+            # Without a sample: else the target would be down, and an alert about it fire.
+            self._send(200, "text/plain; version=0.0.4", f"# {WHAT_THIS_IS}\n")
         else:
             self._answer(501, {"error": WHAT_THIS_IS})
 
     do_HEAD = do_GET  # noqa: N815 - http.server's names
 
     def _answer(self, status: int, body: dict[str, str]) -> None:
-        payload = json.dumps(body).encode()
+        self._send(status, "application/json", json.dumps(body))
+
+    def _send(self, status: int, content_type: str, text: str) -> None:
+        payload = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         if self.command != "HEAD":

@@ -2,7 +2,7 @@
 
 Beside each phase run the impatient clients. A worker that goes away is waited for. SIGTERM ends
 everything at once: nothing here is worth finishing.
-Never imports vLLM itself: `bench` does, in the fork server.
+Never imports vLLM itself: the fork server does, for `bench`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from loadgen import impatient
+from loadgen import bench, impatient
 from loadgen.traffic import CYCLE, PHASE_LIMIT_SECONDS, Phase, bench_arguments
 
 log = logging.getLogger("loadgen")
 
 READY_POLL_SECONDS = 1.0
+AFTER_FAILURE_SECONDS = 5.0
 # Mean pause between two clients who leave, and between two who ask too much.
 LEAVE_EVERY_SECONDS = 2.5
 TOO_MUCH_EVERY_SECONDS = 15.0
@@ -75,7 +76,7 @@ async def _until_stopped(args: argparse.Namespace) -> int:
 
 async def _load(args: argparse.Namespace) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["loadgen.bench"])
+    context.set_forkserver_preload(list(bench.PRELOAD))
     tokenizer = args.tokenizer or _tokenizer(args.model)
     cycles = itertools.count() if args.cycles == 0 else range(args.cycles)
     for cycle in cycles:
@@ -131,7 +132,7 @@ def _alive(heartbeat: Path) -> None:
 
 async def _run(context: ForkServerContext, phase: Phase, arguments: list[str]) -> None:
     """Run one phase in a process; kill it when it is stuck or we are told to stop."""
-    process = context.Process(target=_bench, args=(phase.name, arguments), daemon=True)
+    process = context.Process(target=bench.run, args=(phase.name, arguments), daemon=True)
     await asyncio.to_thread(process.start)  # the first start imports vLLM in the fork server
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -147,12 +148,7 @@ async def _run(context: ForkServerContext, phase: Phase, arguments: list[str]) -
         process.join()
     if process.exitcode:
         log.warning("phase %s ended with exit code %s", phase.name, process.exitcode)
-
-
-def _bench(name: str, arguments: list[str]) -> None:
-    from loadgen import bench
-
-    bench.run(name, arguments)
+        await asyncio.sleep(AFTER_FAILURE_SECONDS)
 
 
 async def _leaving(api: str, model: str) -> None:

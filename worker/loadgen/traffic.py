@@ -19,6 +19,8 @@ class Phase:
 
     name: str
     arguments: tuple[str, ...]  # of `vllm bench serve`, without address and model
+    backend: str = "openai"
+    endpoint: str = "/v1/completions"
 
 
 def _random(input_tokens: int, output_tokens: int) -> tuple[str, ...]:
@@ -68,11 +70,11 @@ CYCLE: tuple[Phase, ...] = (
     Phase(
         "chat",
         (
-            "--backend=openai-chat",
-            "--endpoint=/v1/chat/completions",
             *_random(96, 80),
             *_rate(40, "4", burstiness=0.3, at_once=8),
         ),
+        backend="openai-chat",
+        endpoint="/v1/chat/completions",
     ),
 )
 
@@ -83,8 +85,8 @@ def bench_arguments(phase: Phase, *, api: str, model: str, tokenizer: str, seed:
     The seed changes from cycle to cycle: the same prompts again would all be prefix-cache hits.
     """
     return [
-        "--backend=openai",
-        "--endpoint=/v1/completions",
+        f"--backend={phase.backend}",
+        f"--endpoint={phase.endpoint}",
         f"--base-url={api}",
         f"--model={model}",
         f"--tokenizer={tokenizer}",
