@@ -372,7 +372,9 @@ class Exposition:
             raise ValueError(f"source {name!r} is registered already: unregister it, or rename one")
         added = {name: source}
         self._sources = added | self._sources if first else self._sources | added
-        # From the start, so that rate() sees the first failure.
+        # From the start, so that rate() sees the first failure, and so that nothing has to be made
+        # in a multiprocess directory when it is gone.
+        self._metrics.exporter_source_up.labels(source=name)
         self._metrics.exporter_source_errors_total.labels(source=name).inc(0)
         for reason in DROP_REASONS:
             self._metrics.exporter_families_dropped_total.labels(source=name, reason=reason).inc(0)
@@ -402,14 +404,15 @@ class Exposition:
         """Put the source's families on the page; what was wrong with them, or nothing."""
         fault = ""
         seen: dict[tuple[str, str], dict[tuple[str, ...], _Layout]] = {}
-        metric: Metric | None = None
         families: Iterator[Metric] | None = None
         while True:
+            metric = None
+            collected = False
             try:
                 if families is None:
                     families = iter(source.registry.collect())
-                metric = None
                 metric = next(families)
+                collected = True
                 if not source.wants(metric):
                     continue
                 if metric.name in self._own_names and source is not self._own:
@@ -419,7 +422,7 @@ class Exposition:
                 break
             except Exception as error:  # the source is others' code, and may raise anything
                 wrong = f"{type(error).__name__}: {error}"
-                if metric is None:
+                if not collected:
                     fault = fault or wrong
                     break
                 page.drops.append((source.name, "invalid"))
