@@ -261,6 +261,16 @@ def test_the_check_notices_an_empty_a_nan_and_a_failing_query(prometheus: Promet
         assert expected in complaint
 
 
+def test_prometheus_takes_every_query(prometheus: Prometheus) -> None:
+    """No query is refused, also among those that may be empty."""
+    refused = [
+        complaint
+        for complaint in complaints(prometheus, list(all_queries(".+")))
+        if ": fails: " in complaint
+    ]
+    assert refused == []
+
+
 def test_every_overview_query_returns_data_from_a_plain_vllm_server(
     prometheus: Prometheus,
 ) -> None:
