@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
@@ -34,12 +33,17 @@ from llm_worker.errors import (
     ConfigError,
     EngineDiedError,
     EngineStartError,
-    StopRequested,
 )
 from llm_worker.exposition import Exposition
 from llm_worker.health import Health, Heartbeat
 from llm_worker.lifecycle import ExitRecord, Lifecycle, State
 from llm_worker.metrics import Metrics
+from llm_worker.processes import (
+    adopt_orphans,
+    end_descendants,
+    mapped_segments,
+    remove_segments,
+)
 
 if TYPE_CHECKING:
     import uvicorn
@@ -57,7 +61,6 @@ SIGN_OF_LIFE_SECONDS = 5.0
 # How long a thread may keep the interpreter while another waits: a tenth of Python's default, so
 # that a probe does not wait for the serving loop's burst, nor a token for a scrape.
 SWITCH_INTERVAL_SECONDS = 0.0005
-PR_SET_CHILD_SUBREAPER = 36
 
 
 def run(config: Config, multiprocess: MultiprocessDirectory | None = None) -> int:
@@ -66,7 +69,7 @@ def run(config: Config, multiprocess: MultiprocessDirectory | None = None) -> in
     Raises:
         ConfigError: a setting turned out to be wrong only now, such as a busy port.
     """
-    _adopt_orphans()
+    adopt_orphans()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     return Worker(config, multiprocess).run()
 
@@ -76,6 +79,7 @@ class Worker:
 
     def __init__(self, config: Config, multiprocess: MultiprocessDirectory | None) -> None:
         self._config = config
+        self._multiprocess = multiprocess
         self._began = time.monotonic()
         registry = CollectorRegistry()
         self.metrics = Metrics(registry)
@@ -117,16 +121,14 @@ class Worker:
             reason = "start_failed"
             raise
         finally:
-            self._end_children()
-            if self._record is not None:
-                self._record.end(reason)
+            self._clean_up(reason)
             self.system_server.close()
         log.info("exit %d: %s", code, reason, extra={"exit_code": code, "reason": reason})
         return code
 
     def _serve_to_the_end(self) -> tuple[int, str]:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _interrupt_start)
+            signal.signal(number, self._call_off_start)
         try:
             with self._phase("import"):
                 from llm_worker import engine as boundary
@@ -136,10 +138,6 @@ class Worker:
                 import vllm
             self.metrics.set_build(__version__, vllm.__version__)
             uvloop.run(self._main())
-        except StopRequested:
-            log.info("asked to stop during start-up")
-            self.lifecycle.to(State.DRAINING, "asked to stop during start-up")
-            return EXIT_STOPPED, "stopped"
         except EngineStartError as error:
             log.exception("start-up failed in phase %s", error.phase, extra={"phase": error.phase})
             self.lifecycle.to(State.DEAD, str(error))
@@ -171,7 +169,7 @@ class Worker:
             with self._phase("warmup"):
                 await engine.warm_up()
             await self._note_model_load(engine)
-        except (ConfigError, StopRequested):
+        except ConfigError:
             raise
         except Exception as error:
             raise EngineStartError(self.lifecycle.phase, f"{error}") from error
@@ -242,7 +240,7 @@ class Worker:
 
         def end() -> None:
             log.critical("the way out hangs; ending by force", extra={"exit_code": code})
-            self._end_children()
+            end_descendants(grace_seconds=0.0)
             os._exit(code)
 
         timer = threading.Timer(seconds + ENGINE_STOP_SECONDS + EXIT_MARGIN_SECONDS, end)
@@ -275,11 +273,26 @@ class Worker:
     def _engine_info(self) -> dict[str, Any] | None:
         return None if self._engine is None else dataclasses.asdict(self._engine.info())
 
-    def _end_children(self) -> None:
-        if "llm_worker.engine" in sys.modules:
-            from llm_worker.engine import end_children
+    def _clean_up(self, reason: str) -> None:
+        """Leave no process, no shared memory and no doubt about why this run ended."""
+        segments = mapped_segments()
+        end_descendants(grace_seconds=2.0)
+        remove_segments(segments)
+        if self._record is not None:
+            self._record.end(reason)
 
-            end_children(grace_seconds=2.0)
+    def _call_off_start(self, _number: int, _frame: object) -> None:
+        """SIGTERM or SIGINT before the engine serves: nothing is in flight, so end here.
+
+        An exception out of a signal handler would end up in whatever import or constructor is
+        running, and not all of them let it pass.
+        """
+        self.lifecycle.to(State.DRAINING, "asked to stop during start-up")
+        self._clean_up("stopped")
+        if self._multiprocess is not None:
+            self._multiprocess.close()
+        logging.shutdown()
+        os._exit(EXIT_STOPPED)
 
 
 def _versions() -> dict[str, Any]:
@@ -289,13 +302,3 @@ def _versions() -> dict[str, Any]:
         "vllm": getattr(vllm, "__version__", None),  # None until it is imported
         "python": platform.python_version(),
     }
-
-
-def _interrupt_start(number: int, _frame: object) -> None:
-    raise StopRequested(f"signal {number}")
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of whatever a dead engine process leaves behind, to be able to end it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
-import re
 import signal
 import socket
 from argparse import Namespace
@@ -24,22 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import psutil
-
 from llm_worker import startup, stats, tiny
 from llm_worker.config import TINY, Config, cache_directory
 from llm_worker.errors import ConfigError
 from llm_worker.metrics import Metrics
+from llm_worker.processes import end_descendants, mapped_segments, remove_segments
 
 if TYPE_CHECKING:
     import uvicorn
     from vllm.v1.engine.async_llm import AsyncLLM
 
-log = logging.getLogger(__name__)
-
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel keeps them
-# Python's multiprocessing names its segments so; vLLM's ring buffers are among them.
-SEGMENT = re.compile(rf"{SHARED_MEMORY}/(psm_[0-9a-f]+)")
 EXIT_CODE_SECONDS = 0.5
 TINY_KV_CACHE_BYTES = 256 * 2**20
 
@@ -140,7 +132,7 @@ class Engine:
         # Empty where vLLM runs the engine in this process or on Ray.
         manager = getattr(llm.engine_core.resources, "engine_manager", None)
         self._processes = list(getattr(manager, "processes", []))
-        self._segments = _mapped_segments()
+        self._segments = mapped_segments()
 
     @classmethod
     async def start(cls, args: Namespace, config: Config, metrics: Metrics, phase: Phase) -> Engine:
@@ -321,43 +313,8 @@ class Engine:
         """
         self._processes = []
         self._llm.shutdown(timeout=timeout)
-        end_children(grace_seconds=2.0)
-        for segment in self._segments:
-            with contextlib.suppress(FileNotFoundError):
-                segment.unlink()
-                log.warning("removed the shared memory that the engine left: %s", segment)
-
-
-def end_children(grace_seconds: float) -> None:
-    """End every process that descends from this one, killing what does not go by itself."""
-    left = [child for child in psutil.Process().children(recursive=True) if not _is_tracker(child)]
-    for child in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.terminate()
-    _, stubborn = psutil.wait_procs(left, timeout=grace_seconds)
-    for child in stubborn:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(stubborn, timeout=grace_seconds)
-
-
-def _is_tracker(process: psutil.Process) -> bool:
-    """Python's resource tracker ends by itself, after it has cleaned up."""
-    try:
-        return "resource_tracker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-
-
-def _mapped_segments() -> set[Path]:
-    """The shared-memory segments that this process and its descendants have mapped."""
-    segments: set[Path] = set()
-    this = psutil.Process()
-    for process in (this, *this.children(recursive=True)):
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
-            segments.update(Path(match.group(0)) for match in SEGMENT.finditer(maps))
-    return segments
+        end_descendants(grace_seconds=2.0)
+        remove_segments(self._segments)
 
 
 def _exit_text(code: int) -> str:

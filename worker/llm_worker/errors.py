@@ -38,7 +38,3 @@ class EngineDiedError(RuntimeError):
     def __init__(self, cause: str) -> None:
         super().__init__(f"the engine died: {cause}")
         self.cause = cause
-
-
-class StopRequested(KeyboardInterrupt):
-    """SIGTERM or SIGINT before the engine was up. Handled by ``app``: clean up, exit 0."""
