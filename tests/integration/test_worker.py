@@ -115,7 +115,7 @@ def test_both_formats_carry_vllms_metrics_and_ours_with_the_constant_labels(
     asked = {"accept": "application/openmetrics-text; version=1.0.0"}
     open_page = worker.get("/metrics", headers=asked)
     assert open_page.headers["content-type"].startswith("application/openmetrics-text")
-    families = {family.name: family for family in openmetrics(open_page.text)}
+    families = {f.name: f for f in openmetrics(open_page.text)}  # type: ignore[no-untyped-call]
     (sample,) = families["vllm:num_requests_running"].samples
     assert sample.labels["llm_namespace"] == "team-a"
     assert sample.labels["llm_component"] == "chat"
