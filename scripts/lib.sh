@@ -49,10 +49,13 @@ docker_ready() {
 # Prometheus 3 and Alertmanager come from Debian's forky; its packages of these run on bookworm. An
 # apt of our own under .local/ reads forky from the mirror that this machine already uses.
 
+# The first Debian archive among apt's sources, in either of their formats; nothing without one.
 debian_mirror() {
-    have apt-get || return 0
-    apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
-        awk '$1 ~ /\/debian\/$/ && $3 == "main" { print $1; exit }'
+    {
+        sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/*.sources 2>/dev/null | tr -s ' ' '\n' || true
+        sed -n 's/^deb \(\[[^]]*\] \)\{0,1\}\([^ ]*\) .*/\2/p' /etc/apt/sources.list \
+            /etc/apt/sources.list.d/*.list 2>/dev/null || true
+    } | sed 's:/*$:/:' | grep '/debian/$' | head -n 1
 }
 
 debian_keyring() {
