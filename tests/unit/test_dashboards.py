@@ -390,6 +390,18 @@ def test_every_name_is_on_a_recorded_page() -> None:
     assert asked - announced == set()
 
 
+def test_the_pages_recorded_from_plain_vllm_hold_nothing_of_ours() -> None:
+    """What is shown to work without our worker was recorded without it."""
+    fixtures = ROOT / "tests" / "integration" / "fixtures"
+    pages = [
+        path.read_text()
+        for kind in ("vllm", "vllm-features")
+        for path in fixtures.glob(f"{kind}/*")
+    ]
+    assert pages
+    assert not [page for page in pages if "llm_worker" in page]
+
+
 def test_the_overview_asks_nothing_that_only_our_worker_has() -> None:
     """A remote vLLM server without our worker fills the whole home dashboard."""
     ours = [
