@@ -52,8 +52,9 @@ _reported: dict[str, dict[int, RankFacts]] = {}
 def install() -> None:
     """Set the hooks that belong to this process. Entry point ``vllm.general_plugins``.
 
-    vLLM calls it in the API process, in every engine core and in every worker; it hooks only what
-    that process has already imported, so it costs microseconds. Safe to call again.
+    vLLM calls it in the API process, in every engine core and in every worker, and stats.py once
+    more when vLLM loads it; it hooks only what that process has already imported, so it costs
+    microseconds. Safe to call again.
     """
     try:
         end_with_parent()

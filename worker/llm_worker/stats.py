@@ -38,6 +38,11 @@ log = logging.getLogger(__name__)
 
 _LOG_EVERY_SECONDS = 60.0
 
+# At import, because that is the last moment: vLLM imports this module for PluginStatLogger right
+# before it connects to its engine, and in a plain ``vllm serve`` the general plugin ran before the
+# class was imported whose ready message has to be read.
+startup.install()
+
 
 @dataclass(frozen=True, slots=True)
 class EngineCacheInfo:
@@ -102,9 +107,6 @@ def bind(metrics: StatMetrics, targets: GoodputTargets) -> type[AggregateStatLog
     """
     global _bound  # noqa: PLW0603  one worker per process; vLLM constructs the plugin by itself
     _bound = True
-    # The engine's core and workers load this as a general plugin; the API process must have it
-    # before the engine reports ready, whatever VLLM_PLUGINS allows.
-    startup.install()
 
     class WorkerStatLogger(StatLogger):
         """The stat logger of this worker."""
