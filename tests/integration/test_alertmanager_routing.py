@@ -274,7 +274,7 @@ def sped_up(text: str) -> str:
     """A configuration or rule file with a faster clock: the documented difference to production.
 
     Every ``*_interval``, ``*_timeout``, ``group_wait`` and ``for`` shrinks: seconds to one second,
-    minutes to as many seconds, hours to minutes.
+    minutes to as many seconds, hours to minutes; and by flag Prometheus' resend delay.
     """
 
     def faster(match: re.Match[str]) -> str:
@@ -395,6 +395,8 @@ class Stack:
                 f"--config.file={home / 'prometheus' / 'prometheus.yml'}",
                 f"--storage.tsdb.path={home / 'data'}",
                 f"--web.listen-address={self.prometheus}",
+                # An alert that fired before Alertmanager was found is sent again after this (1m).
+                "--rules.alert.resend-delay=2s",
             ),
         ]
         for address in (self.alertmanager, self.prometheus):
