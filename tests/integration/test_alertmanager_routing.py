@@ -7,13 +7,16 @@ patience into seconds. The targets are small HTTP servers that stand in for vLLM
 
 from __future__ import annotations
 
+import email
 import http.server
 import itertools
 import json
 import os
+import quopri
 import re
 import shutil
 import socket
+import socketserver
 import subprocess
 import tempfile
 import threading
@@ -152,13 +155,13 @@ def test_email_values_survive_quoting_and_windows_line_ends(
     assert render(shell, tmp_path / "am.yml", secrets).returncode == 0
     parsed = yaml.safe_load((tmp_path / "am.yml").read_text(encoding="utf-8"))
     (critical,) = (r for r in parsed["receivers"] if r["name"] == "critical")
-    (email,) = critical["email_configs"]
-    assert email["smarthost"] == "mail.example.com:587"
-    assert email["from"] == "Watch O'Neil <watch@example.com>"
-    assert email["to"] == "a@example.com, b@example.com"
-    assert email["require_tls"] is False
-    assert email["auth_username"] == "o'neil"
-    assert email["auth_password_file"] == f"{secrets}/smtp_password"
+    (mail,) = critical["email_configs"]
+    assert mail["smarthost"] == "mail.example.com:587"
+    assert mail["from"] == "Watch O'Neil <watch@example.com>"
+    assert mail["to"] == "a@example.com, b@example.com"
+    assert mail["require_tls"] is False
+    assert mail["auth_username"] == "o'neil"
+    assert mail["auth_password_file"] == f"{secrets}/smtp_password"
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -334,6 +337,7 @@ class Server:
                 )
                 self.send_response(200)
                 self.end_headers()
+                self.wfile.write(b"ok")  # Slack's answer; Alertmanager insists on it
 
             def log_message(self, *_: object) -> None:
                 """Silence."""
@@ -359,12 +363,42 @@ class Server:
         ]
 
 
+class Mailbox:
+    """As much of an SMTP server as it takes to be handed a message; ``messages`` are raw."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        owner = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                self.wfile.write(b"220 here\r\n")
+                while line := self.rfile.readline().decode().strip():
+                    if line == "DATA":
+                        self.wfile.write(b"354 go on\r\n")
+                        lines = iter(lambda: self.rfile.readline().decode(), ".\r\n")
+                        owner.messages.append("".join(lines))
+                    self.wfile.write(b"221 bye\r\n" if line == "QUIT" else b"250 ok\r\n")
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
 class Stack:
-    """Prometheus and Alertmanager, as scripts/up runs them without Docker, and a webhook."""
+    """Prometheus and Alertmanager, as scripts/up runs them without Docker, and every channel."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.webhook, self.watchdog, self.plain, self.worker = (Server() for _ in range(4))
+        self.webhook, self.slack, self.watchdog = Server(), Server(), Server()
+        self.plain, self.worker = Server(), Server()
+        self.mailbox = Mailbox()
         self.prometheus = f"127.0.0.1:{free_port()}"
         self.alertmanager = f"127.0.0.1:{free_port()}"
         for name in ("prometheus", "alertmanager"):
@@ -375,6 +409,11 @@ class Stack:
         secrets = {
             "webhook_url": f"http://{self.webhook.address}/hook\n",
             "watchdog_url": f"http://{self.watchdog.address}/beat\n",
+            "slack_url": f"http://{self.slack.address}/services/x\n",
+            "smtp_host": f"{self.mailbox.address}\n",
+            "smtp_from": "Watch <watch@example.com>\n",
+            "smtp_to": "oncall@example.com\n",
+            "smtp_require_tls": "false\n",
         }
         secrets_of(home / "alertmanager" / "secrets", secrets)
         for job in ("prometheus", "alertmanager", "worker"):
@@ -429,8 +468,9 @@ class Stack:
             process.terminate()
         for process in self.processes:
             process.wait(30)
-        for server in (self.webhook, self.watchdog, self.plain, self.worker):
+        for server in (self.webhook, self.slack, self.watchdog, self.plain, self.worker):
             server.close()
+        self.mailbox.close()
 
 
 @pytest.fixture(scope="module")
@@ -467,6 +507,26 @@ def test_a_target_that_dies_is_notified_with_its_labels_and_resolved_when_it_is_
     assert alert["annotations"]["runbook_url"].endswith("/runbooks/TargetDown.md")
     message = next(m for m in stack.webhook.received if alert in m["alerts"])
     assert message["receiver"] == "critical"
+    reads_well = f"{stack.plain.address} (job vllm) has failed every scrape"
+    title = "[FIRING:1] critical: TargetDown (vllm, prod)"
+
+    def told() -> list[dict[str, Any]]:
+        posts = [post["attachments"][0] for post in list(stack.slack.received)]
+        return [attachment for attachment in posts if attachment["title"] == title]
+
+    def mailed() -> list[str]:
+        return [text for text in list(stack.mailbox.messages) if f"Subject: {title}" in text]
+
+    until(told, "Slack is told")
+    attachment = told()[0]
+    assert attachment["color"] == "danger"
+    assert attachment["text"].startswith("A vLLM server does not answer Prometheus.")
+    assert reads_well in attachment["text"]
+    assert "Runbook: https://" in attachment["text"]
+    until(mailed, "a mail is sent")
+    mail = email.message_from_string(mailed()[0])
+    assert (mail["From"], mail["To"]) == ("Watch <watch@example.com>", "oncall@example.com")
+    assert reads_well in quopri.decodestring(mailed()[0]).decode()
     stack.plain = Server(stack.plain.port)
     until(lambda: stack.webhook.alerts("TargetDown", "resolved"), "TargetDown is resolved")
 
