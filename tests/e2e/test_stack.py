@@ -1,0 +1,203 @@
+"""The stack as it is shipped: up, under load, through the death of an engine and of Prometheus."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from dashboards import queries
+from e2e.stack import Stack, start, until
+from worker_process import free_ports
+
+# Recording rules that may be empty under the demo's load, and why.
+EMPTY_RULES = {
+    "instance:http_requests_failed:rate5m": "no request is answered with 5xx while all is well",
+}
+SERVICES = ("prometheus", "alertmanager", "grafana", "worker-cpu", "loadgen")
+PORTS = (
+    "GRAFANA_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "WORKER_API_PORT", "WORKER_SYSTEM_PORT",
+)  # fmt: skip
+
+pytestmark = [pytest.mark.needs("docker"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def stack(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The shipped compose file with the demo profile, started once."""
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    running = start(repository, tmp_path_factory.mktemp("e2e"), ports)
+    yield running
+    running.compose.stop()
+    running.receiver.close()
+
+
+def _samples(result: list[dict[str, Any]]) -> list[float]:
+    values = [float(series["value"][1]) for series in result]
+    return [value for value in values if not math.isnan(value)]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_container_is_healthy_and_locked_down(stack: Stack, service: str) -> None:
+    """Healthy, read-only, without capabilities, bounded, loopback only, with rotated logs."""
+    container = stack.inspect(service)
+    host = container["HostConfig"]
+    published = [p for ports in (host["PortBindings"] or {}).values() for p in ports]
+
+    assert container["State"]["Health"]["Status"] == "healthy"
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["Memory"] > 0
+    assert host["PidsLimit"] > 0
+    assert host["RestartPolicy"]["Name"] == "unless-stopped"
+    assert host["LogConfig"]["Config"]["max-size"]
+    assert {binding["HostIp"] for binding in published} <= {"127.0.0.1"}
+    assert container["Config"]["User"] not in ("", "root", "0")
+
+
+def test_the_worker_answers_a_chat(stack: Stack) -> None:
+    """The published port is vLLM's own API on a real engine."""
+    answer = stack.client.post(
+        stack.url("WORKER_API_PORT", "/v1/chat/completions"),
+        json={"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8},
+    )
+
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] > 0
+
+
+def test_every_part_of_the_stack_is_a_target_that_is_up(stack: Stack) -> None:
+    """DNS discovery finds what runs, and nothing that does not."""
+    until("four jobs up", 60, lambda: len(stack.query("up == 1")) == 4)
+
+    assert {series["metric"]["job"] for series in stack.query("up")} == {
+        "worker", "prometheus", "alertmanager", "grafana",
+    }  # fmt: skip
+
+
+def test_the_load_makes_queues_and_hits_and_leavers(stack: Stack) -> None:
+    """What a demonstration shows: traffic, shared prefixes, a full cache, clients who leave."""
+    for expr in (
+        "rate(vllm:generation_tokens_total[1m]) > 0",
+        "increase(vllm:prefix_cache_hits_total[2m]) > 0",
+        "max_over_time(vllm:num_requests_waiting[2m]) > 0",
+        "increase(vllm:num_preemptions_total[2m]) > 0",
+        'llm_worker_requests_ended_total{outcome="disconnected"} > 0',
+        'http_requests_total{status="4xx"} > 0',
+    ):
+        until(expr, 150, lambda expr=expr: stack.query(expr))  # type: ignore[misc]
+
+
+def test_every_rule_is_loaded_and_every_recording_rule_returns_data(
+    stack: Stack, repository: Path
+) -> None:
+    """A rule that Prometheus skips, fails to evaluate or never fills is a rule nobody has."""
+    written = {
+        rule.get("record") or rule["alert"]
+        for path in (repository / "prometheus" / "rules").glob("*.yml")
+        for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
+        for rule in group["rules"]
+    }
+    recorded = until("all rules evaluated", 60, lambda: _evaluated(stack, written))
+    empty = set(recorded)
+
+    def all_filled() -> bool:
+        empty.difference_update([name for name in empty if stack.query(name)])
+        return empty <= set(EMPTY_RULES)
+
+    deadline = time.monotonic() + 150
+    while not all_filled() and time.monotonic() < deadline:
+        time.sleep(5)
+
+    assert sorted(empty - set(EMPTY_RULES)) == []
+
+
+def _evaluated(stack: Stack, written: set[str]) -> list[str]:
+    rules = [rule for group in stack.prometheus("rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in rules} == written
+    assert [rule["lastError"] for rule in rules if rule["health"] == "err"] == []
+    if any(rule["health"] == "unknown" for rule in rules):
+        return []
+    return [rule["name"] for rule in rules if rule["type"] == "recording"]
+
+
+def test_every_panel_query_returns_data(stack: Stack) -> None:
+    """No panel says "No data" under the load, except those that name the feature they need."""
+    waiting = [query for query in queries.panel_queries() if query.needs is None]
+    optional = [query for query in queries.panel_queries() if query.needs is not None]
+    assert len(waiting) > len(optional)
+    deadline = time.monotonic() + 150
+
+    while True:
+        waiting = [query for query in waiting if not _samples(stack.query(query.expr))]
+        if not waiting or time.monotonic() > deadline:
+            break
+        time.sleep(5)
+
+    assert [f"{query.dashboard}: {query.panel} {query.ref_id}" for query in waiting] == []
+    for query in optional:
+        stack.query(query.expr)  # valid all the same
+
+
+def test_nothing_critical_fires_while_all_is_well(stack: Stack) -> None:
+    """The Watchdog fires, to prove that alerts can; a page under the demo's load would be a lie."""
+    alerts = stack.prometheus("alerts")["alerts"]
+    critical = [a for a in alerts if a["labels"]["severity"] == "critical"]
+
+    assert "Watchdog" in stack.firing()
+    assert [a for a in critical if a["state"] == "firing"] == []
+    until(
+        "the Watchdog in Alertmanager",
+        30,
+        lambda: (
+            "Watchdog" in stack.client.get(stack.url("ALERTMANAGER_PORT", "/api/v2/alerts")).text
+        ),
+    )
+
+
+def test_a_killed_engine_pages_and_recovers_while_prometheus_restarts(stack: Stack) -> None:
+    """SIGKILL the engine: a page, a restarted worker, the page resolved, and no history lost.
+
+    Prometheus is restarted while the alert fires: what it recorded before is still there, and the
+    resolution is still delivered.
+    """
+    before = time.time()
+    old = stack.query("vllm:generation_tokens_total", at=before - 15)
+    killed_at = stack.kill_engine()
+
+    page = until("EngineDied delivered", 90, lambda: stack.receiver.alert("EngineDied", "firing"))
+    delivered_after = time.time() - killed_at
+    stack.restart("prometheus")
+    until("Prometheus back", 60, lambda: stack.status("PROMETHEUS_PORT", "/-/ready") == 200)
+    until("worker ready", 120, lambda: stack.status("WORKER_SYSTEM_PORT", "/ready") == 200)
+    ready_after = time.time() - killed_at
+    resolved = until(
+        "EngineDied resolved", 270, lambda: stack.receiver.alert("EngineDied", "resolved")
+    )
+    print(
+        f"delivered {delivered_after:.0f} s, ready {ready_after:.0f} s, "
+        f"resolved {time.time() - killed_at:.0f} s after the kill"
+    )
+
+    assert page["labels"]["severity"] == "critical"
+    assert page["annotations"]["runbook_url"].endswith("/EngineDied.md")
+    assert resolved["labels"] == page["labels"]
+    assert stack.inspect("worker-cpu")["RestartCount"] == 1
+    # How the last run ended survived the restart, in the container's own volume.
+    ended = stack.query('llm_worker_last_exit_timestamp_seconds{reason="engine_dead"}')
+    assert _samples(ended)[0] == pytest.approx(killed_at, abs=15)
+    # Nothing recorded before Prometheus' restart is gone.
+    assert old
+    assert stack.query("vllm:generation_tokens_total", at=before - 15) == old
+    # And it serves again: the load came back by itself.
+    until("traffic", 90, lambda: stack.query("rate(vllm:generation_tokens_total[1m]) > 0"))
+    models = httpx.get(stack.url("WORKER_API_PORT", "/v1/models"), timeout=10).json()
+    assert [model["id"] for model in models["data"]] == ["tiny"]
