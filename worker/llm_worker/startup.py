@@ -45,6 +45,8 @@ class RankFacts:
 # Worker process: what this process noted.
 _noted: dict[str, Any] = {"load_seconds": None, "kv_bytes": None}
 
+_forks_covered = False
+
 # API process: engine instance -> rank -> facts.
 _reported: dict[str, dict[int, RankFacts]] = {}
 
@@ -54,9 +56,14 @@ def install() -> None:
 
     vLLM calls it in the API process, in every engine core and in every worker, and stats.py once
     more when vLLM loads it; it hooks only what that process has already imported, so it costs
-    microseconds. Safe to call again.
+    microseconds. A forked process calls it by itself, since vLLM loads no plugin a second time
+    where it inherited the first. Safe to call again.
     """
+    global _forks_covered  # noqa: PLW0603  os.register_at_fork can be neither asked nor undone
     try:
+        if not _forks_covered:
+            os.register_at_fork(after_in_child=install)
+            _forks_covered = True
         end_with_parent()
         for module_name, class_name, method, wrap in _HOOKS:
             module = sys.modules.get(module_name)
@@ -222,7 +229,8 @@ def _read_facts(original: Callable[..., Any]) -> Any:
         result = original(self, payload)
         try:
             if payload:
-                _report(payload)
+                # Not by the message's instance id: each of several API servers has its own.
+                _report(self.vllm_config.instance_id, payload)
         except Exception:
             log.warning("start-up facts of the engine could not be read", exc_info=True)
         return result
@@ -230,12 +238,12 @@ def _read_facts(original: Callable[..., Any]) -> Any:
     return apply_ready_response
 
 
-def _report(payload: bytes) -> None:
+def _report(instance_id: str, payload: bytes) -> None:
     import msgspec
 
     message = msgspec.msgpack.decode(payload)
     facts = message.get(_FIELD) or {}
-    _reported.setdefault(message["instance_id"], {})[message["data_parallel_rank"]] = RankFacts(
+    _reported.setdefault(instance_id, {})[message["data_parallel_rank"]] = RankFacts(
         blocks=message["num_gpu_blocks"],
         kv_groups=facts.get("kv_groups"),
         kv_bytes=facts.get("kv_bytes"),
