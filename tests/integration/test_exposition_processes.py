@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Summary
 
-from llm_worker.exposition import OPENMETRICS, Exposition
+from llm_worker.exposition import Exposition
 from llm_worker.metrics import Metrics
+from llm_worker.negotiation import OPENMETRICS
 
 # What every script below starts with. `shown` and `values` use prometheus_client's strict parser.
 PRELUDE = """

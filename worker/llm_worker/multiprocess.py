@@ -122,10 +122,9 @@ class MultiprocessDirectory:
         Never through a registry: one that also holds a process's own metrics would call every
         family a duplicate.
 
-        Raises
-        ------
-        MultiprocessError
-            The directory is gone; or, after every family that can be read, some file cannot.
+        Raises:
+            MultiprocessError: the directory is gone; or, after every family that can be read, some
+                file cannot.
         """
         if not self.path.is_dir():
             raise MultiprocessError(
@@ -153,17 +152,13 @@ class MultiprocessDirectory:
 def prepare_multiprocess(setting: str | None) -> MultiprocessDirectory | None:
     """Make ready where processes share their metrics. Before anything imports prometheus_client.
 
-    Parameters
-    ----------
-    setting
-        None: one process, nothing to do. ``"auto"``: a temporary directory of our own. Otherwise
-        a directory that exists, such as the one ``PROMETHEUS_MULTIPROC_DIR`` named already.
+    ``setting`` is None for one process, where there is nothing to do, or ``"auto"`` for a temporary
+    directory of our own; otherwise a directory that exists, such as the one that
+    ``PROMETHEUS_MULTIPROC_DIR`` named already.
 
-    Raises
-    ------
-    MultiprocessError
-        prometheus_client was imported already and keeps its values elsewhere; or the directory is
-        missing, not writable, full, or cannot hold memory-mapped files.
+    Raises:
+        MultiprocessError: prometheus_client was imported already and keeps its values elsewhere; or
+            the directory is missing, not writable, full, or cannot hold memory-mapped files.
     """
     if setting is None:
         return None
