@@ -242,27 +242,35 @@ class Supervisor:
         pause = RESTART_FIRST_SECONDS
         while True:
             started = time.monotonic()
-            code = await self._run_once(part)
+            try:
+                code: int | OSError = await self._run_once(part)
+            except OSError as error:  # its program is gone
+                code = error
             if time.monotonic() - started > RECOVERED_SECONDS:
                 pause = RESTART_FIRST_SECONDS
-            self._log.warning("%s ended with exit code %s; again in %.0f s", part.name, code, pause)
+            self._log.warning("%s ended (%s); again in %.0f s", part.name, code, pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_MOST_SECONDS)
 
     async def _run_once(self, part: Part) -> int:
-        process = await asyncio.create_subprocess_exec(
-            *part.command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | dict(part.environment),
-            cwd=ROOT,
-            start_new_session=True,
-        )
+        # A pipe of our own: asyncio's would make wait() wait for every child that inherited it.
+        reading, writing = os.pipe()
+        copier = asyncio.create_task(_copy_log(part.name, reading), name=f"{part.name}-log")
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *part.command,
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=subprocess.STDOUT,
+                env=os.environ | dict(part.environment),
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(writing)
         pid_file = _pid_file(part.name)
         _note_pid(pid_file, process.pid)
         self._log.info("%s started, pid %s", part.name, process.pid)
-        copier = asyncio.create_task(_copy_log(part.name, process), name=f"{part.name}-log")
         try:
             code = await process.wait()
         except asyncio.CancelledError:
@@ -290,17 +298,20 @@ class Supervisor:
             await process.wait()
 
 
-async def _copy_log(name: str, process: asyncio.subprocess.Process) -> None:
-    """Copy a part's output into its rotating log file."""
+async def _copy_log(name: str, reading: int) -> None:
+    """Copy a part's output into its rotating log file until nobody writes any more."""
     handler = logging.handlers.RotatingFileHandler(
         _log_file(name), maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"
     )
     handler.setFormatter(logging.Formatter("%(message)s"))
-    assert process.stdout is not None
+    stream = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb")
+    )
     try:
         while True:
             try:
-                line = await process.stdout.readline()
+                line = await stream.readline()
             except ValueError:  # longer than the stream's limit: dropped
                 continue
             if not line:
@@ -308,6 +319,7 @@ async def _copy_log(name: str, process: asyncio.subprocess.Process) -> None:
             text = line.decode(errors="replace").rstrip("\n")
             handler.emit(logging.LogRecord(name, logging.INFO, "", 0, text, None, None))
     finally:
+        transport.close()
         handler.close()
 
 
@@ -367,7 +379,12 @@ def _taken(port: Port) -> bool:
 def up(stack: Stack, arguments: Sequence[str], timeout_seconds: float) -> int:
     """Start the supervisor unless it runs, and wait until every part is healthy."""
     if (pid := _supervisor()) is not None:
-        print(f"already running (pid {pid})")
+        print(f"already running (pid {pid}); rules and notification channels are read again")
+        if (prometheus := _alive(_pid_file("prometheus"))) is not None:
+            os.kill(prometheus, signal.SIGHUP)
+        if (alertmanager := _alive(_pid_file("alertmanager"))) is not None:
+            os.kill(alertmanager, signal.SIGTERM)  # the supervisor starts it again
+            time.sleep(POLL_SECONDS)
     else:
         taken = [port for port in stack.ports if _taken(port)]
         for port in taken:
