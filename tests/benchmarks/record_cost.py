@@ -150,11 +150,11 @@ def ledger_cost(rounds: int) -> float:
     """Microseconds the ledger's wrapper adds to one streamed output (median)."""
     from prometheus_client import CollectorRegistry
 
-    from llm_worker import stats
+    from llm_worker import ledger
     from llm_worker.metrics import Metrics
 
-    stats.install_ledger(Metrics(CollectorRegistry()))
-    counted = stats._counted(_plain)
+    ledger.install_ledger(Metrics(CollectorRegistry()))
+    counted = ledger._counted(_plain)
     engine = SimpleNamespace(model_config=SimpleNamespace(served_model_name="tiny"))
 
     async def drain(method: Callable[..., Any]) -> float:

@@ -169,6 +169,26 @@ def test_the_ledger_balances_after_a_disconnect_that_vllm_does_not_count(
     assert value(worker, "llm_worker_requests_received_total") == ended
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"model": "another", "prompt": "hello"}, 404),
+        ({"model": "tiny", "prompt": "hello", "max_tokens": 100_000}, 400),
+        ({"model": "tiny", "prompt": "hello", "temperature": -1}, 400),
+    ],
+)
+def test_what_the_api_refuses_is_in_the_ledger(
+    worker: WorkerProcess, body: dict[str, Any], status: int
+) -> None:
+    """A request that never reached the engine was received, and rejected, once."""
+    rejected = value(worker, "llm_worker_requests_ended_total", reason="invalid")
+    answer = httpx.post(f"{worker.api}/v1/completions", json=body, timeout=30)
+    assert answer.status_code == status
+    assert value(worker, "llm_worker_requests_ended_total", reason="invalid") == rejected + 1
+    ended = value(worker, "llm_worker_requests_ended_total")
+    assert value(worker, "llm_worker_requests_received_total") == ended
+
+
 def test_goodput_needs_every_target_at_once(worker: WorkerProcess) -> None:
     """With an end-to-end target that nobody can meet, nothing is goodput, and it says why."""
     worker.complete(prompt="hello", max_tokens=3)

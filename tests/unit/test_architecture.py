@@ -25,16 +25,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lifecycle": {"metrics"},
     "health": {"lifecycle", "metrics"},
     "startup": {"config"},
-    "stats": {"config", "metrics", "startup"},
+    "ledger": {"metrics"},
+    "stats": {"config", "ledger", "metrics", "startup"},
     "api": {"errors", "exposition", "health"},
-    "engine": {"config", "errors", "metrics", "processes", "startup", "stats", "tiny"},
+    "engine": {"config", "errors", "ledger", "metrics", "processes", "startup", "stats", "tiny"},
     "app": {
         "__init__", "api", "config", "engine", "errors", "exposition", "health", "lifecycle",
         "metrics", "multiprocess", "processes",
     },
     "__main__": {"app", "config", "errors", "multiprocess"},
 }  # fmt: skip
-MAY_IMPORT_VLLM = {"engine", "stats", "startup", "app"}  # app: for its version
+MAY_IMPORT_VLLM = {"engine", "ledger", "stats", "startup", "app"}  # app: for its version
 MAY_READ_ENVIRONMENT = {"config"}
 # Writes what a library reads from there, and reads whether the user set it.
 MAY_WRITE_ENVIRONMENT = {"engine", "multiprocess"}

@@ -61,12 +61,12 @@ def registry() -> CollectorRegistry:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Advances the recorder's monotonic clock, which stands still otherwise."""
-    from llm_worker import stats
+    from llm_worker import ledger, stats
 
     now = [100.0]
-    monkeypatch.setattr(
-        stats, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 1.7e9 + now[0])
-    )
+    fake = SimpleNamespace(monotonic=lambda: now[0], time=lambda: 1.7e9 + now[0])
+    monkeypatch.setattr(stats, "time", fake)
+    monkeypatch.setattr(ledger, "time", fake)
 
     def advance(seconds: float) -> None:
         now[0] += seconds
@@ -424,7 +424,7 @@ def test_a_failing_stage_warns_once_a_minute(
     logger: Any, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A fault that repeats every step is one line and a counter, not a flood."""
-    with caplog.at_level(logging.WARNING, logger="llm_worker.stats"):
+    with caplog.at_level(logging.WARNING, logger="llm_worker.ledger"):
         for _ in range(50):
             logger.record(Poison(), None, None, 0)
         assert [getattr(record, "stage", None) for record in caplog.records] == [
@@ -489,6 +489,9 @@ class Engine:
     model_config = SimpleNamespace(served_model_name="m")
     closed = 0
 
+    def __init__(self) -> None:
+        self.streams: list[Any] = []  # kept, so that none is closed only by garbage collection
+
 
 def output(done: bool = False, *reasons: str | None) -> Any:
     completions = [SimpleNamespace(finish_reason=reason) for reason in reasons]
@@ -498,20 +501,25 @@ def output(done: bool = False, *reasons: str | None) -> Any:
 def counted(
     registry: CollectorRegistry, script: list[Any], engine: Engine, name: str = "generate"
 ) -> Callable[..., AsyncGenerator[Any, None]]:
-    from llm_worker import stats
+    from llm_worker import ledger
 
-    async def original(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def stream() -> AsyncGenerator[Any, None]:
         try:
             for item in script:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            self.closed += 1
+            engine.closed += 1
+
+    def original(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        self.streams.append(stream())
+        outputs: AsyncGenerator[Any, None] = self.streams[-1]
+        return outputs
 
     original.__name__ = name
-    stats._ledger = stats._Ledger(StatMetrics(registry))
-    wrapped = stats._counted(original)
+    ledger._ledger = ledger._Ledger(StatMetrics(registry))
+    wrapped = ledger._counted(original)
     return lambda *args, **kwargs: wrapped(engine, *args, **kwargs)
 
 
@@ -712,12 +720,12 @@ def test_installing_twice_wraps_once_and_counts_to_the_newest() -> None:
     """Idempotent per process; the second call only redirects."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llm_worker import stats
+    from llm_worker import ledger
 
     first, second = StatMetrics(CollectorRegistry()), StatMetrics(CollectorRegistry())
-    stats.install_ledger(first)
+    ledger.install_ledger(first)
     generate, encode = AsyncLLM.generate, AsyncLLM.encode
-    stats.install_ledger(second)
+    ledger.install_ledger(second)
     assert (AsyncLLM.generate, AsyncLLM.encode) == (generate, encode)
     assert not hasattr(generate._llm_worker_original, "_llm_worker_original")
-    assert stats._ledger._metrics is second
+    assert ledger._ledger._metrics is second

@@ -1,4 +1,4 @@
-"""The vLLM boundary: with ``stats.py`` and ``startup.py`` the only module that imports vLLM.
+"""The vLLM boundary: what starts, serves and stops an engine.
 
 Owns one ``AsyncLLM``, vLLM's own API application on it, the engine's processes and their shared
 memory. It knows how to start them, how to tell that they died, and how to leave nothing behind.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from llm_worker import startup, stats, tiny
+from llm_worker import ledger, startup, stats, tiny
 from llm_worker.config import TINY, Config, cache_directory
 from llm_worker.errors import ConfigError
 from llm_worker.metrics import Metrics
@@ -126,8 +126,9 @@ Phase = Callable[[str], contextlib.AbstractContextManager[None]]
 class Engine:
     """A running vLLM engine, its processes and its shared memory."""
 
-    def __init__(self, llm: AsyncLLM, args: Namespace) -> None:
+    def __init__(self, llm: AsyncLLM, args: Namespace, metrics: Metrics) -> None:
         self._llm = llm
+        self._metrics = metrics
         self._args = args
         # Empty where vLLM runs the engine in this process or on Ray.
         manager = getattr(llm.engine_core.resources, "engine_manager", None)
@@ -152,7 +153,7 @@ class Engine:
             vllm_config = engine_args.create_engine_config(
                 usage_context=UsageContext.OPENAI_API_SERVER
             )
-        stats.install_ledger(metrics)
+        ledger.install_ledger(metrics)
         with phase("engine"):
             llm = AsyncLLM.from_vllm_config(
                 vllm_config=vllm_config,
@@ -162,7 +163,7 @@ class Engine:
                 aggregate_engine_logging=engine_args.aggregate_engine_logging,
                 disable_log_stats=engine_args.disable_log_stats,
             )
-        return cls(llm, args)
+        return cls(llm, args, metrics)
 
     async def build_api(
         self, drain_seconds: float, on_started: Callable[[], None]
@@ -190,7 +191,8 @@ class Engine:
         app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, app.state, args, tasks)
         config = uvicorn.Config(
-            app,
+            # Around the application: vLLM has closed its own list of middleware by now.
+            ledger.Refusals(app, self._metrics, self.model_name),
             host=args.host,
             port=args.port,
             log_level=args.uvicorn_log_level,

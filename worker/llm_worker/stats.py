@@ -1,38 +1,29 @@
-"""vLLM's stats and requests → our metrics. With engine.py the only module that imports vLLM.
+"""vLLM's stats → our metrics.
 
-Owns the stat logger (one recorder per data-parallel rank), the request ledger around
-``AsyncLLM.generate`` and ``encode``, and the capacity read from vLLM's final configuration.
+Owns the stat logger (one recorder per data-parallel rank) and the capacity read from vLLM's final
+configuration.
 Never reads the environment, never awaits in ``record``, and never lets an exception of ours out:
 one would end vLLM's output handler and with it all serving.
-Source: vllm/v1/metrics/loggers.py, vllm/v1/engine/async_llm.py, 0.32.0.
+Source: vllm/v1/metrics/loggers.py, 0.32.0.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import REGISTRY
-from vllm.exceptions import (
-    GracefulHTTPError,
-    MaxQueuedTokensError,
-    QueueOverflowError,
-    VLLMClientError,
-)
 from vllm.v1.engine import FinishReason
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from llm_worker import startup
 from llm_worker.config import GoodputTargets, goodput_from_env
-from llm_worker.metrics import ENDINGS, EngineMetrics, StatMetrics
+from llm_worker.ledger import CaughtErrors, install_ledger
+from llm_worker.metrics import EngineMetrics, StatMetrics
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +127,7 @@ class StatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
         targets: GoodputTargets,
     ) -> None:
         self._metrics = metrics
-        self._errors = _Errors(metrics)
+        self._errors = CaughtErrors(metrics)
         self._vllm_config = vllm_config
         self._targets = targets
         self._recorders: dict[int, Recorder | NullRecorder] = {}
@@ -434,144 +425,6 @@ class Recorder:
 
 
 _NEVER_GOOD = frozenset({FinishReason.ABORT, FinishReason.ERROR})
-
-
-def install_ledger(metrics: StatMetrics) -> None:
-    """Count every request that ``AsyncLLM.generate`` or ``encode`` takes, and how it ends.
-
-    Wraps both on the class, once per process; calling it again only sends later requests to the
-    new ``metrics``. A request is received when its generator is first advanced, so one that is
-    never iterated is none. With n > 1 it is one request, and the last completion's finish reason is
-    its reason. Requests refused before they reach the engine (HTTP 400 while parsing or rendering)
-    are not in it; the sub-requests of a beam search are.
-    """
-    global _ledger  # noqa: PLW0603  the wrapped class is process-wide as well
-    _ledger = _Ledger(metrics)
-    for name in ("generate", "encode"):
-        original = getattr(AsyncLLM, name)
-        if not hasattr(original, "_llm_worker_original"):
-            setattr(AsyncLLM, name, _counted(original))
-
-
-class _Ledger:
-    def __init__(self, metrics: StatMetrics) -> None:
-        self._metrics = metrics
-        self._errors = _Errors(metrics)
-
-    def receive(self, engine: Any, lora_request: Any) -> Callable[[str, str], None] | None:
-        """Count one request in; return what counts it out, or None if that failed."""
-        try:
-            name = (
-                engine.model_config.served_model_name
-                if lora_request is None
-                else lora_request.lora_name
-            )
-            ledger = self._metrics.ledger(name)
-            ledger.receive()
-        except Exception as error:
-            self._errors.caught("ledger", error)
-            return None
-        return ledger.end
-
-    def end(self, end: Callable[[str, str], None] | None, outcome: str, reason: str) -> None:
-        if end is None:
-            return
-        try:
-            end(outcome, reason)
-        except Exception as error:
-            self._errors.caught("ledger", error)
-
-
-_ledger: _Ledger
-
-
-def _counted(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., Any]:
-    """Wrap an async generator method of ``AsyncLLM`` so that its end is counted, once.
-
-    Per output this adds one generator frame and nothing else; the last output is looked at only
-    when the request is over.
-    """
-
-    @functools.wraps(original)
-    async def counted(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        ledger = _ledger
-        lora = kwargs.get("lora_request")
-        if lora is None and original.__name__ == "encode" and len(args) > 3:
-            lora = args[3]  # encode(prompt, pooling_params, request_id, lora_request, ...)
-        end = ledger.receive(self, lora)
-        outputs = original(self, *args, **kwargs)
-        output: Any = None
-        try:
-            async for output in outputs:
-                yield output
-        except (asyncio.CancelledError, GeneratorExit):
-            # A consumer may also stop right after the last output; then the request was served.
-            if output is not None and output.finished:
-                ledger.end(end, "finished", finish_reason(output))
-            else:
-                ledger.end(end, "disconnected", "client")
-            raise
-        except BaseException as error:
-            ledger.end(end, *failure(error))
-            raise
-        else:
-            ledger.end(end, "finished", finish_reason(output))
-        finally:
-            # Closed here, not when the garbage collector finds it: vLLM aborts the request there.
-            await outputs.aclose()
-
-    counted._llm_worker_original = original  # type: ignore[attr-defined]
-    return counted
-
-
-def finish_reason(output: Any) -> str:
-    """Return why a served request finished: the last of its completions that says so.
-
-    Pooling outputs have no reason and streamed inputs may end without any output: ``stop``.
-    A reason that is not in ``ENDINGS`` is an ``error``: it is one of a newer vLLM.
-    """
-    completions = getattr(output, "outputs", None)
-    reason = "stop"
-    if isinstance(completions, list):
-        for completion in completions:
-            reason = getattr(completion, "finish_reason", None) or reason
-    return reason if ("finished", reason) in ENDINGS else "error"
-
-
-def failure(error: BaseException) -> tuple[str, str]:
-    """Return the ending of a request that raised: (outcome, reason)."""
-    if isinstance(error, QueueOverflowError):
-        return "rejected", "max_num_queued_reqs"
-    if isinstance(error, MaxQueuedTokensError):
-        return "rejected", "max_num_queued_tokens"
-    if isinstance(error, (VLLMClientError, GracefulHTTPError)):
-        return "rejected", "invalid"
-    if isinstance(error, EngineDeadError):
-        return "errored", "engine_dead"
-    return "errored", "internal"
-
-
-class _Errors:
-    """Counts what was caught, and logs each stage at most once a minute."""
-
-    def __init__(self, metrics: StatMetrics) -> None:
-        self._metrics = metrics
-        self._logged: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def caught(self, stage: str, error: Exception) -> None:
-        self._metrics.stat_logger_errors_total.labels(stage).inc()
-        now = time.monotonic()
-        with self._lock:
-            if now - self._logged.get(stage, -_LOG_EVERY_SECONDS) < _LOG_EVERY_SECONDS:
-                return
-            self._logged[stage] = now
-        log.warning(
-            "recording failed in stage %s; serving goes on, this stage's metrics miss a step",
-            stage,
-            exc_info=error,
-            extra={"stage": stage},
-        )
 
 
 def _model_name(vllm_config: Any) -> str:
