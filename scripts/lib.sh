@@ -118,8 +118,9 @@ find_binaries() {
         if forky_download "$debs" prometheus promtool prometheus-alertmanager; then
             mkdir -p "$root/.local/bin"
             for deb in "$debs"/*.deb; do dpkg --extract "$deb" "$debs"; done
+            alertmanager_templates || rm -f "$debs/usr/bin/prometheus-alertmanager"
             for name in $missing; do
-                [ -x "$debs/usr/bin/$name" ] && cp "$debs/usr/bin/$name" "$root/.local/bin/$name"
+                if [ -x "$debs/usr/bin/$name" ]; then cp "$debs/usr/bin/$name" "$root/.local/bin/$name"; fi
             done
             rm -rf "$debs"
         fi
@@ -128,6 +129,14 @@ find_binaries() {
     [ -z "$missing" ] && return 0
     binaries_problem="not on PATH: $missing. Install Prometheus 3 and Alertmanager (the releases of the projects prometheus/prometheus and prometheus/alertmanager, or Debian forky's packages) and put them on PATH"
     return 1
+}
+
+# Debian's Alertmanager reads its templates from there and does not start without them.
+alertmanager_templates() {
+    templates=/usr/share/prometheus/alertmanager
+    [ ! -e "$templates/default.tmpl" ] || return 0
+    say "putting Alertmanager's templates into $templates"
+    as_root mkdir -p "$templates" && as_root cp "$debs$templates"/*.tmpl "$templates/"
 }
 
 missing_binaries() {

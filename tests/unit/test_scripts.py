@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from loadgen.traffic import CYCLE, bench_arguments
+from loadgen.traffic import CRUNCH, CRUNCH_EVERY_CYCLES, bench_arguments, phases
+
+ALL_PHASES = (*phases(0), *phases(1))
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -319,7 +321,7 @@ def test_the_load_differs_from_cycle_to_cycle_and_covers_both_apis() -> None:
     def arguments(seed: int) -> list[list[str]]:
         return [
             bench_arguments(phase, api="http://w:8000", model="tiny", tokenizer="t", seed=seed)
-            for phase in CYCLE
+            for phase in ALL_PHASES
         ]
 
     first, second = arguments(0), arguments(1)
@@ -333,6 +335,13 @@ def test_the_load_differs_from_cycle_to_cycle_and_covers_both_apis() -> None:
         assert any(word.startswith("--num-prompts=") for word in phase)
 
 
+def test_the_first_cycle_shows_a_crunch_and_the_next_ones_do_not() -> None:
+    """A demonstration shows preemptions within its first minute, and then is not one alert."""
+    crunches = [cycle for cycle in range(3 * CRUNCH_EVERY_CYCLES) if CRUNCH in phases(cycle)]
+
+    assert crunches == [0, CRUNCH_EVERY_CYCLES, 2 * CRUNCH_EVERY_CYCLES]
+
+
 @pytest.mark.needs("vllm")
 def test_vllms_own_benchmark_accepts_every_phase() -> None:
     """An option that vLLM renamed would end each phase at once, and the demo would stand still."""
@@ -341,7 +350,7 @@ def test_vllms_own_benchmark_accepts_every_phase() -> None:
 
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    for phase in CYCLE:
+    for phase in ALL_PHASES:
         words = bench_arguments(phase, api="http://w:8000", model="tiny", tokenizer="t", seed=7)
         parsed = parser.parse_args(words)
         assert parsed.seed == 7

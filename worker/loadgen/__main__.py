@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from loadgen import bench, impatient
-from loadgen.traffic import CYCLE, PHASE_LIMIT_SECONDS, Phase, bench_arguments
+from loadgen.traffic import PHASE_LIMIT_SECONDS, Phase, bench_arguments, phases
 
 log = logging.getLogger("loadgen")
 
@@ -79,15 +79,16 @@ async def _load(args: argparse.Namespace) -> None:
     context.set_forkserver_preload(list(bench.PRELOAD))
     tokenizer = args.tokenizer or _tokenizer(args.model)
     cycles = itertools.count() if args.cycles == 0 else range(args.cycles)
+    seeds = itertools.count()  # never the same prompts again
     for cycle in cycles:
-        for position, phase in enumerate(CYCLE):
+        for phase in phases(cycle):
             await _ready(args.system, args.heartbeat)
             arguments = bench_arguments(
                 phase,
                 api=args.api,
                 model=args.model,
                 tokenizer=tokenizer,
-                seed=cycle * len(CYCLE) + position,
+                seed=next(seeds),
             )
             others = [
                 asyncio.create_task(_leaving(args.api, args.model), name="leaving"),

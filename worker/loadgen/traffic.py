@@ -1,8 +1,9 @@
-"""What the load consists of: the phases of one cycle, as arguments of ``vllm bench serve``.
+"""What the load consists of: the phases of a cycle, as arguments of ``vllm bench serve``.
 
 Sized for the demo worker (two layers on a CPU, a KV cache of some thousand tokens): lulls leave it
-nearly idle, the burst asks for more than its cache and its batch hold, so requests queue and some
-are preempted. Pure: no I/O.
+nearly idle, bursts fill its batch, and now and then a crunch asks for more than its cache holds, so
+that requests are preempted. Crunches are rare, or the alert about preemptions would rightly fire
+for as long as the demo runs. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -54,29 +55,32 @@ def _rate(requests: int, per_second: str, *, burstiness: float, at_once: int) ->
     )
 
 
-CYCLE: tuple[Phase, ...] = (
-    Phase(
-        "conversations",
-        (
-            *_shared_prefixes(prefixes=6, prefix_tokens=384, output_tokens=64),
-            *_rate(72, "6", burstiness=1.0, at_once=16),
-        ),
-    ),
-    Phase("lull", (*_random(64, 24), *_rate(8, "1", burstiness=0.5, at_once=4))),
-    Phase(
-        "burst",
-        (*_random(320, 384), *_rate(160, "inf", burstiness=1.0, at_once=64), "--ignore-eos"),
-    ),
-    Phase(
-        "chat",
-        (
-            *_random(96, 80),
-            *_rate(40, "4", burstiness=0.3, at_once=8),
-        ),
-        backend="openai-chat",
-        endpoint="/v1/chat/completions",
+CONVERSATIONS = Phase(
+    "conversations",
+    (
+        *_shared_prefixes(prefixes=6, prefix_tokens=384, output_tokens=64),
+        *_rate(72, "6", burstiness=1.0, at_once=16),
     ),
 )
+LULL = Phase("lull", (*_random(64, 24), *_rate(8, "1", burstiness=0.5, at_once=4)))
+BURST = Phase("burst", (*_random(96, 96), *_rate(120, "inf", burstiness=1.0, at_once=48)))
+CRUNCH = Phase(
+    "crunch",
+    (*_random(320, 384), *_rate(120, "inf", burstiness=1.0, at_once=64), "--ignore-eos"),
+)
+CHAT = Phase(
+    "chat",
+    (*_random(96, 80), *_rate(40, "4", burstiness=0.3, at_once=8)),
+    backend="openai-chat",
+    endpoint="/v1/chat/completions",
+)
+CRUNCH_EVERY_CYCLES = 6  # about five minutes
+
+
+def phases(cycle: int) -> tuple[Phase, ...]:
+    """The phases of one cycle, counted from 0; the first one shows everything."""
+    peak = CRUNCH if cycle % CRUNCH_EVERY_CYCLES == 0 else BURST
+    return (CONVERSATIONS, LULL, peak, CHAT)
 
 
 def bench_arguments(phase: Phase, *, api: str, model: str, tokenizer: str, seed: int) -> list[str]:
