@@ -472,8 +472,10 @@ def main() -> int:
     parser.add_argument("command", choices=("up", "down", "run", "show"))
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds until healthy")
     parser.add_argument("--no-load", action="store_true")
-    parser.add_argument("worker_arguments", nargs="*", help="after --: instead of the demo's")
-    args = parser.parse_args()
+    parser.epilog = "Arguments after -- go to the worker instead of the demo's."
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    args, worker_arguments = parser.parse_args(words[:split]), words[split + 1 :]
     if args.command == "down":
         return down()
     import yaml  # not needed to stop the stack
@@ -481,7 +483,7 @@ def main() -> int:
     dotenv = ROOT / ".env"
     settings = Settings(os.environ, dotenv.read_text(encoding="utf-8") if dotenv.exists() else "")
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
-    stack = describe(compose, settings, args.worker_arguments, load=not args.no_load)
+    stack = describe(compose, settings, worker_arguments, load=not args.no_load)
     if args.command == "show":
         for part in stack.parts:
             print(json.dumps({"name": part.name, "command": part.command, "health": part.health}))
@@ -490,7 +492,7 @@ def main() -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         asyncio.run(Supervisor(stack).run())
         return 0
-    passed = (["--no-load"] if args.no_load else []) + ["--", *args.worker_arguments]
+    passed = (["--no-load"] if args.no_load else []) + ["--", *worker_arguments]
     return up(stack, passed, args.timeout)
 
 

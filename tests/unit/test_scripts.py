@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -209,6 +210,22 @@ def test_worker_arguments_replace_the_demo_and_its_load() -> None:
     assert [part.name for part in stack.parts] == ["alertmanager", "prometheus", "worker"]
     assert "--model=tiny" not in stack.parts[-1].command
     assert stack.parts[-1].command[3:5] == ("--model", "mine")
+
+
+def test_worker_arguments_pass_through_verbatim() -> None:
+    """Also behind options of ours, and also where they look like one."""
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "scripts" / "lib" / "local_stack.py"),
+            *("show", "--no-load", "--timeout", "5", "--", "--model", "mine", "--timeout", "7"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    worker = json.loads(done.stdout.splitlines()[-1])
+
+    assert worker["command"][3:7] == ["--model", "mine", "--timeout", "7"]
 
 
 def test_pips_settings_reach_uv() -> None:
