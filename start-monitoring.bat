@@ -142,7 +142,7 @@ if defined TAKEN (
 
 :images
 echo [4/6] Images (the first time some gigabytes are downloaded)
-call :run docker compose pull --policy missing --ignore-buildable
+call :run docker compose pull --policy missing prometheus alertmanager grafana
 if errorlevel 1 (
     call :fail 18 "The images cannot be downloaded; see the message above." "Check the internet connection and the proxy settings of Docker Desktop."
     goto :finish

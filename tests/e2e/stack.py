@@ -191,7 +191,8 @@ def images(root: Path) -> list[Path]:
     """The stand-in images' settings where no registry answers; nothing where one does."""
     stand_ins = root / ".local" / "images.env"
     if not stand_ins.exists():
-        pull = ["docker", "compose", "pull", "--quiet", "--policy=missing", "--ignore-buildable"]
+        services = ("prometheus", "alertmanager", "grafana")
+        pull = ["docker", "compose", "pull", "--quiet", "--policy=missing", *services]
         if subprocess.run(pull, cwd=root, capture_output=True, check=False).returncode == 0:
             return []
     # At once when nothing changed.
