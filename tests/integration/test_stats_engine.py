@@ -60,14 +60,14 @@ async def build(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llm_worker import stats, tiny
+    from llm_worker import ledger, stats, tiny
     from llm_worker.config import GoodputTargets
     from llm_worker.metrics import Metrics
 
     if uniprocess:
         arguments["distributed_executor_backend"] = "uni"
     metrics = Metrics(registry)
-    stats.install_ledger(metrics)
+    ledger.install_ledger(metrics)
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(tiny.make(Path(directory) / "model")),
@@ -569,6 +569,27 @@ def complete(client: httpx.Client, url: str, tokens: int) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def drop_a_stream(url: str) -> None:
+    """Ask for seconds of tokens and go after the first."""
+    body = {"model": NAME, "prompt": "gone soon", "max_tokens": 3900}
+    body |= {"ignore_eos": True, "stream": True}
+    with (
+        httpx.Client() as client,
+        client.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream,
+    ):
+        next(stream.iter_lines())
+
+
+def settled(url: str) -> tuple[Page, str]:
+    """The page once nothing is in flight."""
+    deadline = time.monotonic() + 60
+    while scrape(url)[0][f'requests_in_flight{{model_name="{NAME}"}}'] > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    # Once more: a page over several processes is read file by file, not at one instant.
+    return scrape(url)
+
+
 @pytest.mark.parametrize("servers", [1, 2])
 def test_a_plain_vllm_serve_with_our_package_reports_the_same_families(
     tmp_path: Path, servers: int, pages: dict[str, Page]
@@ -579,35 +600,19 @@ def test_a_plain_vllm_serve_with_our_package_reports_the_same_families(
         for _ in range(12):
             with httpx.Client() as client:  # a new connection, so that both servers get some
                 complete(client, url, tokens=10)
-        with (
-            httpx.Client() as client,
-            client.stream(
-                "POST",
-                f"{url}/v1/completions",
-                json={
-                    "model": NAME,
-                    "prompt": "gone soon",
-                    "max_tokens": 1000,
-                    "ignore_eos": True,
-                    "stream": True,
-                },
-                timeout=30,
-            ) as stream,
-        ):
-            next(stream.iter_lines())
-        deadline = time.monotonic() + 10
-        while True:
-            page, text = scrape(url)
-            if page[f'requests_in_flight{{model_name="{NAME}"}}'] == 0:
+        # On a machine with too few cores vLLM's API server may hold a stream back for seconds, with
+        # or without us, until its last token; such a one was served before its client could go.
+        for served in range(12, 24):
+            drop_a_stream(url)
+            page, text = settled(url)
+            if ended(page)["finished/length"] == served:
                 break
-            assert time.monotonic() < deadline, ended(page)
-            time.sleep(0.2)
     assert idle[f"kv_capacity_blocks{RANK0}"] == BLOCKS - 1
     assert idle[f"kv_capacity_bytes{RANK0}"] == (BLOCKS - 1) * BLOCK_BYTES
     assert idle['goodput_target_seconds{objective="e2e"}'] == 40
-    assert ended(page) == {"finished/length": 12, "disconnected/client": 1}
+    assert ended(page) == {"finished/length": served, "disconnected/client": 1}
     assert_identity(page)
-    assert page[f"goodput_requests_total{RANK0}"] == 12
+    assert page[f"goodput_evaluated_requests_total{RANK0}"] == served
     assert page[f"engine_steps_total{RANK0}"] >= 12 * 10
     assert "vllm:num_requests_running" in text
     # The families of our own worker's engine, but for the process around it and optional details.
