@@ -336,8 +336,8 @@ class StatMetrics:
     def _declare_ledger(self) -> None:
         self.requests_received_total = self._counter(
             "requests_received",
-            "Requests handed to the engine, and in our own worker those that the API refused before "
-            "it. received = sum(requests_ended) + requests_in_flight.",
+            "Requests handed to the engine, and in our own worker those the API refused before it. "
+            "received = sum(requests_ended) + requests_in_flight.",
             ("model_name",),
         )
         self.requests_ended_total = self._counter(
