@@ -164,7 +164,10 @@ class SystemServer:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._server.serve(sockets=[self._socket]))
+            # uvicorn's own choice of loop: uvloop where it is installed. asyncio's gives the
+            # interpreter away at every socket call, and waits for it again each time.
+            with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+                runner.run(self._server.serve(sockets=[self._socket]))
         except BaseException as error:
             self.ended.set_exception(error)
             raise

@@ -58,9 +58,9 @@ ERROR_FLUSH_SECONDS = 5  # in-flight requests of a dead engine get their error
 ENGINE_STOP_SECONDS = 5.0
 EXIT_MARGIN_SECONDS = 15.0  # past all of the above the process is ended by force
 SIGN_OF_LIFE_SECONDS = 5.0
-# How long a thread may keep the interpreter while another waits: a tenth of Python's default, so
-# that a probe does not wait for the serving loop's burst, nor a token for a scrape.
-SWITCH_INTERVAL_SECONDS = 0.0005
+# How long a thread may keep the interpreter while another waits; Python's default is 5 ms. Short,
+# so that a probe does not wait for the serving loop's burst, nor a token for a scrape.
+SWITCH_INTERVAL_SECONDS = 0.0001
 
 
 def run(config: Config, multiprocess: MultiprocessDirectory | None = None) -> int:
