@@ -63,10 +63,10 @@ CONVERSATIONS = Phase(
     ),
 )
 LULL = Phase("lull", (*_random(64, 24), *_rate(8, "1", burstiness=0.5, at_once=4)))
-BURST = Phase("burst", (*_random(96, 96), *_rate(120, "inf", burstiness=1.0, at_once=48)))
+BURST = Phase("burst", (*_random(96, 96), *_rate(320, "inf", burstiness=1.0, at_once=56)))
 CRUNCH = Phase(
     "crunch",
-    (*_random(320, 384), *_rate(120, "inf", burstiness=1.0, at_once=64), "--ignore-eos"),
+    (*_random(320, 384), *_rate(240, "inf", burstiness=1.0, at_once=64), "--ignore-eos"),
 )
 CHAT = Phase(
     "chat",
@@ -74,7 +74,7 @@ CHAT = Phase(
     backend="openai-chat",
     endpoint="/v1/chat/completions",
 )
-CRUNCH_EVERY_CYCLES = 6  # about five minutes
+CRUNCH_EVERY_CYCLES = 12  # about ten minutes
 
 
 def phases(cycle: int) -> tuple[Phase, ...]:
