@@ -199,14 +199,15 @@ environment() {
     printf '%s\n' "$locked" >"$venv/.locked"
 }
 
-# uv when there is one, with pip's own settings; pip when uv is absent or cannot.
+# uv when there is one, with pip's own settings; pip when uv is absent or cannot. Compiled once here
+# (pip does that by itself): an engine is three processes, and each of them imports all of vLLM.
 install_locked() {
     uv=$venv/bin/uv
     [ -x "$uv" ] || uv=$(command -v uv || true)
     if [ -n "$uv" ]; then
         if (
             eval "$("$python" "$root/scripts/lib/uv_settings.py")"
-            cd "$root" && "$uv" pip install --quiet --python "$python" --no-deps "$@"
+            cd "$root" && "$uv" pip install --quiet --compile-bytecode --python "$python" --no-deps "$@"
         ); then
             return 0
         fi
