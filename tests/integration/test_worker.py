@@ -94,7 +94,7 @@ def test_it_serves_every_kind_of_vllm_request(worker: WorkerProcess) -> None:
         timeout=60,
     ).json()
     assert chat["choices"][0]["finish_reason"] == "length"
-    assert sum(1 for _ in worker.stream(max_tokens=7)) >= 7
+    assert [*worker.stream(max_tokens=7)][-1]["choices"][0]["finish_reason"] == "length"
     assert httpx.get(f"{worker.api}/v1/models").json()["data"][0]["id"] == "tiny"
     assert httpx.get(f"{worker.api}/health").status_code == 200
     assert httpx.post(f"{worker.api}/tokenize", json={"model": "tiny", "prompt": "a"}).json()
@@ -224,8 +224,8 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: 
         assert not reading.done(), "the stream ended before the drain could be seen"
         reading.result(timeout=60)
     assert worker.wait() == 0, worker.log()[-4000:]
+    # With ignore_eos only the last of all 1,500 tokens ends it so; a busy server joins some chunks.
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    assert len([chunk for chunk in chunks if chunk["choices"][0]["text"] is not None]) >= 1500
     assert not running(children)
     assert not [segment for segment in segments if segment.exists()]
     (record,) = (tmp_path / "state").glob("*.exit.json")
