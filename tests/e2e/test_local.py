@@ -88,7 +88,8 @@ def project(repository: Path, tmp_path: Path) -> Iterator[Project]:
         else:
             shutil.copy(source, root / name)
     ports = {name: str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)}
-    copy = Project(root, {**os.environ, **ports})
+    # A project of its own for Docker Compose too: `scripts/down` stops containers as well.
+    copy = Project(root, {**os.environ, **ports, "COMPOSE_PROJECT_NAME": "llm-worker-e2e-local"})
     yield copy
     copy.run("scripts/down")
     for process in copy.processes():
