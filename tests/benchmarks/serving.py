@@ -36,7 +36,6 @@ from llm_worker import tiny
 from worker_process import WorkerProcess, free_ports
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-PROBE_PAUSE_SECONDS = 0.1  # far more often than anyone scrapes, or there are too few samples
 TOKENS_PER_STREAM = 128
 COMMON = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 * 2**20))
 
@@ -103,7 +102,7 @@ async def stream(server: Server, tokens: int) -> None:
             await writer.wait_closed()
 
 
-def probe(port: int, path: str, seconds: float) -> list[float]:
+def probe(port: int, path: str, seconds: float, pause: float) -> list[float]:
     """GET ``path`` again and again, a connection each, as a kubelet does; return the seconds.
 
     Runs in a process of its own: the clients' loop is busy, and its delay is not the server's.
@@ -119,11 +118,11 @@ def probe(port: int, path: str, seconds: float) -> list[float]:
         latencies.append(time.perf_counter() - began)
         if b" 200 " not in answer[:20]:
             raise RuntimeError(f"{path}: {answer[:200]!r}")
-        time.sleep(PROBE_PAUSE_SECONDS)
+        time.sleep(pause)
     return latencies
 
 
-async def load(server: Server, streams: int, seconds: float) -> None:
+async def load(server: Server, streams: int, seconds: float, pause: float) -> None:
     """``streams`` clients in a closed loop beside both probes, for about ``seconds``."""
     began = time.perf_counter()
     until = began + seconds
@@ -135,8 +134,8 @@ async def load(server: Server, streams: int, seconds: float) -> None:
 
     loop = asyncio.get_running_loop()
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        live = loop.run_in_executor(pool, probe, *server.live, seconds)
-        metrics = loop.run_in_executor(pool, probe, *server.metrics, seconds)
+        live = loop.run_in_executor(pool, probe, *server.live, seconds, pause)
+        metrics = loop.run_in_executor(pool, probe, *server.metrics, seconds, pause)
         await asyncio.gather(*(client(number) for number in range(streams)))
         server.samples.seconds += time.perf_counter() - began
         server.samples.live += await live
@@ -226,6 +225,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="rounds per server")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a round")
     parser.add_argument("--streams", type=int, default=32, help="concurrent streams")
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=0.1,
+        help="seconds between two probes: short for many samples of them, long for the streams",
+    )
     options = parser.parse_args()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -235,12 +240,12 @@ def main() -> None:
         plain_vllm(Path(directory)) as theirs,
     ):
         for server in (ours, theirs):  # warm both up, outside the count
-            asyncio.run(load(server, options.streams, 5))
+            asyncio.run(load(server, options.streams, 5, options.pause))
             server.samples = Samples()
         for number in range(options.rounds):
             pair = (ours, theirs) if number % 2 == 0 else (theirs, ours)
             for server in pair:
-                asyncio.run(load(server, options.streams, options.seconds))
+                asyncio.run(load(server, options.streams, options.seconds, options.pause))
                 print(f"round {number + 1}: {server.name} done", flush=True)
         report(ours, theirs)
 
