@@ -92,3 +92,11 @@ def test_every_decision_says_what_when_and_why(repository: Path) -> None:
         assert re.search(r"^Accepted, \d{4}-\d\d-\d\d\.$", content, re.M), record.name
         for heading in ("**Context.**", "**Decision.**", "**Consequences.**"):
             assert heading in content, f"{record.name}: {heading}"
+
+
+def test_compose_sets_every_variable_that_grafanas_provisioning_reads(repository: Path) -> None:
+    """Grafana expands an unset variable to nothing: a data source without a URL."""
+    compose = text(repository, "docker-compose.yml")
+    for file in (repository / "grafana/provisioning").rglob("*.yml"):
+        for name in re.findall(r"\$\{?([A-Z_]+)\}?", file.read_text(encoding="utf-8")):
+            assert re.search(rf"^      {name}: \S", compose, re.M), f"{file.name}: {name}"
