@@ -98,5 +98,5 @@ def test_compose_sets_every_variable_that_grafanas_provisioning_reads(repository
     """Grafana expands an unset variable to nothing: a data source without a URL."""
     compose = text(repository, "docker-compose.yml")
     for file in (repository / "grafana/provisioning").rglob("*.yml"):
-        for name in re.findall(r"\$\{?([A-Z_]+)\}?", file.read_text(encoding="utf-8")):
+        for name in re.findall(r"\$\{?([A-Z][A-Z_]*)", file.read_text(encoding="utf-8")):
             assert re.search(rf"^      {name}: \S", compose, re.M), f"{file.name}: {name}"
