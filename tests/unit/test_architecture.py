@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stats": {"config", "ledger", "metrics", "startup"},
     "kv.__init__": set(),
     "kv.stats": set(),
+    "kv.metrics": {"kv.index", "kv.stats"},
     "api": {"errors", "exposition", "health"},
     "engine": {"config", "errors", "ledger", "metrics", "processes", "startup", "stats", "tiny"},
     "app": {
