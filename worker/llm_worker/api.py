@@ -182,8 +182,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        # From here on a probe waits for its answer instead of being refused while the thread starts,
-        # and a second worker cannot bind the same port.
+        # From here on a probe waits for its answer instead of being refused while the thread
+        # starts, and a second worker cannot bind the same port.
         listener.listen()
     except OSError as error:
         raise ConfigError(

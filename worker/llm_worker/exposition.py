@@ -18,11 +18,12 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from llm_worker.direct import Family, NotDirectError, collectors
 from llm_worker.negotiation import OPENMETRICS, accepts_gzip, choose_format
 from llm_worker.page import DROP_REASONS, Page
-from llm_worker.series import Layouts
+from llm_worker.series import InvalidFamilyError, Layouts
 from llm_worker.source import Collectable, Source, checked_labels
 
 if TYPE_CHECKING:
@@ -206,16 +207,42 @@ class Exposition:
     def _read(self, source: Source, page: Page) -> str:
         """Put the source's families on the page; what was wrong with them first, or nothing."""
         fault = ""
-        layouts: dict[tuple[str, str], Layouts] = {}  # those of families that are gone, go
+        # What is known of families that are gone, goes.
+        layouts: dict[tuple[str, str], Layouts] = {}
+        direct: dict[Any, Family | None] = {}
         try:
-            for metric in source.registry.collect():
-                wrong = self._put(source, metric, page, layouts)
-                if wrong and not fault:
-                    fault = f"family {getattr(metric, 'name', metric)!r}: {wrong}"
+            for collector in collectors(source.registry):
+                if self._put_direct(source, collector, page, direct):
+                    continue
+                for metric in collector.collect():
+                    wrong = self._put(source, metric, page, layouts)
+                    if wrong and not fault:
+                        fault = f"family {getattr(metric, 'name', metric)!r}: {wrong}"
         except Exception as error:  # the source is others' code, and may raise anything
             fault = fault or f"{type(error).__name__}: {error}"
         source.layouts = layouts
+        source.direct = direct
         return fault
+
+    def _put_direct(
+        self, source: Source, collector: Any, page: Page, known: dict[Any, Family | None]
+    ) -> bool:
+        """Put the collector's family on the page without ``collect()``, if that can be."""
+        try:
+            if collector in source.direct:
+                family = source.direct[collector]
+            else:
+                family = Family(collector, source.prefix, source.labels)
+            known[collector] = family
+            if family is None:
+                return False
+            hidden = family.name in self._own_names and source is not self._own
+            return hidden or not source.wants(family) or page.add_direct(source, family)
+        except (NotDirectError, InvalidFamilyError, TypeError):  # TypeError: not hashable
+            return False
+        except (AttributeError, ValueError):  # another prometheus_client: the slow way, for good
+            known[collector] = None
+            return False
 
     def _put(
         self,

@@ -46,6 +46,7 @@ from llm_worker.series import (
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
+    from llm_worker.direct import Family as Direct
     from llm_worker.source import Source
 
 DROP_REASONS = ("duplicate", "invalid", "type_conflict")
@@ -129,6 +130,9 @@ class _Family:
     unit: str
     complete: bool  # takes no groups of other sources
     groups: dict[str, _Group]  # by series.Layout.group
+    direct: Direct | None = None
+    lines: list[str] = field(default_factory=list)  # instead of groups, of a direct family
+    late: list[str] = field(default_factory=list)
 
 
 class Page:
@@ -139,6 +143,31 @@ class Page:
         self._openmetrics = openmetrics
         self._families: dict[str, _Family] = {}
         self._names: set[str] = set()  # in use
+
+    def add_direct(self, source: Source, direct: Direct) -> bool:
+        """Put a family on the page by its text, if it is the first of its name.
+
+        Raises:
+            NotDirectError: it cannot be read this way now.
+            InvalidFamilyError: it cannot be shown.
+        """
+        if direct.shown in self._families or not self._names.isdisjoint(direct.names):
+            return False
+        lines, late = direct.lines(openmetrics=self._openmetrics)
+        self._names |= direct.names
+        self._families[direct.shown] = _Family(
+            direct.shown, direct.type, encodable(direct.documentation),
+            _unit(direct.shown, direct.unit), source.complete, {}, direct, lines, late,
+        )  # fmt: skip
+        return True
+
+    def _by_samples(self, family: _Family) -> None:
+        """Read a direct family once more, sample by sample: another source has the same one."""
+        direct = family.direct
+        assert direct is not None
+        (metric,) = direct.metric.collect()
+        family.groups, _ = _groups(direct.naming, metric, {}, openmetrics=self._openmetrics)
+        family.direct = None
 
     def add(self, source: Source, metric: Metric, layouts: Layouts) -> str:
         """Put a family, or what is new of it, on the page; what of it was wrong, or nothing.
@@ -174,9 +203,11 @@ class Page:
         if present is None:
             self._names |= names
             about = encodable(str(metric.documentation))
-            unit = metric.unit if name.endswith(f"_{metric.unit}") else ""
+            unit = _unit(name, metric.unit)
             self._families[name] = _Family(name, type_, about, unit, source.complete, groups)
         else:
+            if present.direct is not None:
+                self._by_samples(present)
             for key, group in groups.items():
                 if present.groups.setdefault(key, group) is not group:
                     repeated = True
@@ -215,6 +246,10 @@ class Page:
             lines.append("# EOF")
         lines.append("")
         return "\n".join(lines)
+
+
+def _unit(name: str, unit: str) -> str:
+    return unit if name.endswith(f"_{unit}") else ""
 
 
 def _groups(
@@ -269,6 +304,8 @@ def _write_openmetrics(family: _Family, lines: list[str]) -> None:
     _write_head(family.name, escaped(family.documentation), family.type, lines)
     if family.unit and family.type not in ("info", "stateset"):
         lines.append(f"# UNIT {family.name} {family.unit}")
+    if family.direct is not None:
+        lines.extend(family.lines)
     for group in family.groups.values():
         lines.extend([series + value for series, value in group.lines.items()])
 
@@ -278,6 +315,10 @@ def _write_text(family: _Family, lines: list[str]) -> None:
     about = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
     _write_head(family.name + suffix, about, type_, lines)
     late: dict[str, list[str]] = {}
+    if family.direct is not None:
+        lines.extend(family.lines)
+        if family.late:
+            late["_created"] = family.late
     for group in family.groups.values():
         if not group.late:
             lines.extend([series + value for series, value in group.lines.items()])

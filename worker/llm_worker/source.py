@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_worker.series import TEXT_TYPES, Layouts, encodable
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
+
+    from llm_worker.direct import Family
 
 _METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -45,6 +47,8 @@ class Source:
     complete: bool = False  # nobody may add to its families
     # family name and type -> what is known of its samples, from the last reading
     layouts: dict[tuple[str, str], Layouts] = field(default_factory=dict)
+    # collector -> how to read it without collect(); None: only by collect()
+    direct: dict[Any, Family | None] = field(default_factory=dict)
     complaint: str = ""  # the last one logged
 
     def __post_init__(self) -> None:
@@ -59,7 +63,7 @@ class Source:
             )
         self.labels = checked_labels(self.labels, f"labels of source {self.name!r}")
 
-    def wants(self, metric: Metric) -> bool:
+    def wants(self, metric: Metric | Family) -> bool:
         """Whether the family is to be shown, by the name the registry's own page would show."""
         name = metric.name + TEXT_TYPES.get(metric.type, ("",))[0]
         if self.include and not name.startswith(tuple(self.include)):
