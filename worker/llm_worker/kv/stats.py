@@ -40,6 +40,13 @@ UNDECODABLE_REASONS = (
 GAP_KINDS = ("initial", "gap", "restart")
 REPLAY_OUTCOMES = ("complete", "truncated", "aged_out", "timeout", "unavailable")
 
+PLANE_DROP_REASONS = (
+    "buffer_full",  # the plane was away for longer than the buffer lasts
+    "too_large",  # beyond what the plane carries
+    "subscriber_full",  # ZMQ: a subscriber's queue ran full; only its first batch is counted
+    "failed",  # the transport refused it
+)
+
 
 class Histogram:
     """Observations by upper bound; ``counts[-1]`` is +Inf. Not cumulative."""
@@ -123,11 +130,12 @@ class PlaneStats:
     plane: str  # zmq, nats
     published_batches: int = 0  # handed to the transport
     acknowledged_batches: int = 0  # stored by the other side; NATS only
-    dropped: Counter[str] = field(default_factory=Counter)  # by reason: buffer_full, too_large
+    dropped: Counter[str] = field(default_factory=Counter)  # by PLANE_DROP_REASONS
     buffered_batches: int = 0
     buffer_capacity_batches: int = 0
     sequence: int | None = None  # the last one given
     replays_served: int = 0
     snapshots_served: int = 0
+    requests_refused: int = 0  # for a replay or snapshot: malformed, or too many at once
     reconnects: int = 0
     up: bool = False
