@@ -56,9 +56,9 @@ class NatsServer:
             time.sleep(0.02)
 
     def _greets(self) -> bool:
-        with contextlib.suppress(OSError):
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                return connection.recv(4) == b"INFO"
+        address = ("127.0.0.1", self.port)
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=1) as there:
+            return there.recv(4) == b"INFO"
         return False
 
     def kill(self) -> None:
