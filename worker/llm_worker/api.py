@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import hmac
+import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
@@ -24,7 +27,14 @@ from llm_worker.errors import ConfigError
 from llm_worker.exposition import Exposition
 from llm_worker.health import Health, Verdict
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
 log = logging.getLogger(__name__)
+
+# A page that takes longer is rendered in a thread of its own, so that no probe waits for it.
+QUICK_RENDER_SECONDS = 0.02
+_JSON = (b"content-type", b"application/json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +48,70 @@ class Handlers:
     drain: Callable[[], None]  # stop as SIGTERM does
 
 
-def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -> FastAPI:
-    """The system server's routes.
+def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -> ASGIApp:
+    """The system server's application.
 
     Writing routes need no token on loopback. Beyond it they need the bearer token, and without one
     configured they are refused.
     """
+    return Probes(handlers, _routes(handlers, token=token, open_to_others=open_to_others))
+
+
+class Probes:
+    """Answers ``/live``, ``/ready`` and ``/metrics`` itself and leaves the rest to an application.
+
+    These are asked all day, and every microsecond they take under the interpreter lock is one that
+    the serving loop waits. FastAPI's way to a handler takes most of what such an answer costs.
+    """
+
+    def __init__(self, handlers: Handlers, app: FastAPI) -> None:
+        self._app = app
+        self._exposition = handlers.exposition
+        self._health = handlers.health
+        self._rendered_quickly = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; ASGI 3."""
+        if scope["type"] == "http" and scope["method"] == "GET":
+            path = scope["path"]
+            if path in {"/live", "/ready"}:
+                verdict = self._health.live() if path == "/live" else self._health.ready()
+                body = _OK if verdict.ok else json.dumps(_verdict(verdict)).encode()
+                await _send(send, 200 if verdict.ok else 503, body, [_JSON])
+                return
+            if path == "/metrics":
+                await self._metrics(scope, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _metrics(self, scope: Scope, send: Send) -> None:
+        headers = dict(scope["headers"])
+        asked = (
+            headers.get(b"accept", b"").decode("latin-1"),
+            headers.get(b"accept-encoding", b"").decode("latin-1"),
+            parse_qs(scope["query_string"].decode("latin-1")).get("name[]", []),
+        )
+        began = time.perf_counter()
+        # Another thread costs two waits for the interpreter lock: only where a page takes so long
+        # that the probes would wait for it.
+        if self._rendered_quickly:
+            rendered = self._exposition.render(*asked)
+        else:
+            rendered = await asyncio.to_thread(self._exposition.render, *asked)
+        self._rendered_quickly = time.perf_counter() - began < QUICK_RENDER_SECONDS
+        answer = [(b"content-type", rendered.content_type.encode())]
+        if rendered.content_encoding:
+            answer.append((b"content-encoding", rendered.content_encoding.encode()))
+        await _send(send, 200, rendered.body, answer)
+
+
+async def _send(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _routes(handlers: Handlers, *, token: str | None, open_to_others: bool) -> FastAPI:
     app = FastAPI(title="llm-worker system server", docs_url=None, redoc_url=None)
     health = handlers.health
 
@@ -52,14 +120,6 @@ def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -
             _check_token(request.headers.get("authorization", ""), token)
 
     writing = APIRouter(dependencies=[Depends(authorise)])
-
-    @app.get("/live")
-    async def live() -> Response:
-        return _probe(health.live())
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        return _probe(health.ready())
 
     @app.get("/health")
     async def report() -> Response:
@@ -82,19 +142,6 @@ def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -
         handlers.drain()
         return JSONResponse({"state": "draining"}, 202)
 
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        rendered = await asyncio.to_thread(
-            handlers.exposition.render,
-            request.headers.get("accept"),
-            request.headers.get("accept-encoding"),
-            request.query_params.getlist("name[]"),
-        )
-        response = Response(rendered.body, headers={"content-type": rendered.content_type})
-        if rendered.content_encoding:
-            response.headers["content-encoding"] = rendered.content_encoding
-        return response
-
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         return JSONResponse(_error(str(error.detail)), error.status_code, error.headers)
@@ -107,10 +154,11 @@ def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -
     return app
 
 
-def _probe(verdict: Verdict) -> Response:
-    return JSONResponse(
-        {"ok": verdict.ok, "reasons": list(verdict.reasons)}, 200 if verdict.ok else 503
-    )
+_OK = json.dumps({"ok": True, "reasons": []}).encode()
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {"ok": verdict.ok, "reasons": list(verdict.reasons)}
 
 
 def _check_token(given: str, token: str | None) -> None:
@@ -128,7 +176,7 @@ def _error(message: str) -> dict[str, Any]:
 class SystemServer:
     """Serves ``app`` from its own thread until it is closed."""
 
-    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
         """Bind the port, so that a busy one is an error here and not in the background.
 
         Raises:
