@@ -10,6 +10,7 @@ The wire, which vLLM's own clients can speak::
     PUB                           [topic, sequence, payload]
     DEALER asks ROUTER            ["", first sequence wanted]           + [topic]
                                   ["", "snapshot"]                      + [topic]
+                                  ["", "status"]                        + [topic]
     ROUTER answers                ["", topic, sequence, payload]…  ["", "", ff*8, ""]
 
 Sequences are 8 bytes, big-endian, counted for each topic on its own, so that whoever subscribed to
@@ -23,7 +24,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from types import TracebackType
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 END_SEQUENCE = b"\xff" * 8
 SNAPSHOT = b"snapshot"
+STATUS = b"status"
 _CLOSE_SECONDS = 5.0  # for the ROUTER's thread to notice
 _LINGER_MS = 1000  # what was sent and not yet on the wire
 _STALLED_POLL_MS = 10  # ROUTER says nothing when a client has room again
@@ -77,6 +79,7 @@ class EventSocket:
         high_water_mark_batches: int = 100_000,
         stall_seconds: float = 5.0,
         snapshot: SnapshotAnswer | None = None,
+        status: SnapshotAnswer | None = None,
         stats: PlaneStats | None = None,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
@@ -84,9 +87,10 @@ class EventSocket:
 
         ``start`` is the first sequence of every topic. The two bounds of the ring hold for each
         topic. ``high_water_mark_batches`` is what PUB queues for each subscriber before it drops.
-        A client that takes nothing for ``stall_seconds`` loses its answers. ``snapshot`` is called
-        on the ROUTER's thread and iterated as the client reads; where it raises, the answer has no
-        end. ``context`` is the process's own unless given, and is never terminated.
+        A client that takes nothing for ``stall_seconds`` loses its answers. ``snapshot`` and
+        ``status`` are called on the ROUTER's thread and iterated as the client reads; where one
+        raises, the answer has no end. ``context`` is the process's own unless given, and is never
+        terminated.
 
         Raises:
             zmq.ZMQError: an endpoint cannot be bound.
@@ -125,7 +129,9 @@ class EventSocket:
             address = f"inproc://event-socket-{id(self):x}"
             self._waker.bind(address)
             wakened.connect(address)
-            server = _Router(self, router, wakened, snapshot, stall_seconds)
+            server = _Router(
+                self, router, wakened, {SNAPSHOT: snapshot, STATUS: status}, stall_seconds
+            )
             self._thread = threading.Thread(target=server.run, name="kv-replay", daemon=True)
             self._thread.start()
         self.stats.up = True
@@ -262,13 +268,13 @@ class _Router:
         owner: EventSocket,
         router: zmq.Socket[bytes],
         wakened: zmq.Socket[bytes],
-        snapshot: SnapshotAnswer | None,
+        answers: Mapping[bytes, SnapshotAnswer | None],
         stall_seconds: float,
     ) -> None:
         self._owner = owner
         self._router = router
         self._wakened = wakened
-        self._snapshot = snapshot
+        self._answers = answers
         self._stall_seconds = stall_seconds
         self._clients: OrderedDict[bytes, deque[_Answer]] = OrderedDict()
 
@@ -319,14 +325,15 @@ class _Router:
             return None
         topic = request[2] if len(request) == 3 else b""
         deadline = time.monotonic() + self._stall_seconds
-        if request[1] == SNAPSHOT:
-            if self._snapshot is None:
+        if request[1] in self._answers:
+            special = self._answers[request[1]]
+            if special is None:
                 return None
-            return _Answer(_lazily(self._snapshot, topic), deadline, snapshot=True)
+            return _Answer(_lazily(special, topic), deadline, request[1].decode())
         if len(request[1]) != 8:
             return None
         first = int.from_bytes(request[1], "big")
-        return _Answer(iter(self._owner.kept(first, topic)), deadline, snapshot=False)
+        return _Answer(iter(self._owner.kept(first, topic)), deadline, "replay")
 
     def _give_answers(self) -> bool:
         """Move every client's answer on by a piece; whether one could be."""
@@ -380,21 +387,21 @@ class _Router:
             answer.done = True
 
     def _count(self, answer: _Answer) -> None:
-        if answer.snapshot:
+        if answer.kind == "snapshot":
             self._owner.stats.snapshots_served += 1
-        else:
+        elif answer.kind == "replay":
             self._owner.stats.replays_served += 1
 
 
 class _Answer:
     """What one client still has to get."""
 
-    __slots__ = ("deadline", "done", "messages", "snapshot", "waiting")
+    __slots__ = ("deadline", "done", "kind", "messages", "waiting")
 
-    def __init__(self, messages: Iterator[Message], deadline: float, *, snapshot: bool) -> None:
+    def __init__(self, messages: Iterator[Message], deadline: float, kind: str) -> None:
         self.messages = messages
         self.deadline = deadline  # monotonic; moves on with every piece taken
-        self.snapshot = snapshot
+        self.kind = kind  # replay, snapshot, status
         self.waiting: tuple[bytes, bytes, bytes] | None = None  # made, and not yet taken
         self.done = False
 
