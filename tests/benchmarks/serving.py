@@ -4,7 +4,8 @@ Both servers run at the same time on the same tiny model with the same arguments
 of them at a time, in turn, A B B A ..., so that a drifting machine drifts for both. Under
 closed-loop streams it measures what clients see (time to first token, time between tokens) and what
 Prometheus and a supervisor see (latency of the metrics page and of the liveness probe), pools the
-rounds and prints percentiles with the ratio worker / vllm serve.
+rounds and prints percentiles with the ratio worker / vllm serve. The limit for a probe is what a
+process that does nothing but answer needs on the same machine under the same load.
 
     python tests/benchmarks/serving.py [--rounds 6] [--seconds 20] [--streams 32]
 
@@ -48,6 +49,7 @@ class Samples:
     gap: list[float] = field(default_factory=list)
     live: list[float] = field(default_factory=list)
     metrics: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
 
@@ -122,7 +124,17 @@ def probe(port: int, path: str, seconds: float, pause: float) -> list[float]:
     return latencies
 
 
-async def load(server: Server, streams: int, seconds: float, pause: float) -> None:
+def answer(port: int) -> None:
+    """Answer every connection with a constant, for ever: the least that a probe can take."""
+    with socket.create_server(("127.0.0.1", port), backlog=16) as listener:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+async def load(server: Server, streams: int, seconds: float, pause: float, limit: int) -> None:
     """``streams`` clients in a closed loop beside both probes, for about ``seconds``."""
     began = time.perf_counter()
     until = began + seconds
@@ -133,13 +145,15 @@ async def load(server: Server, streams: int, seconds: float, pause: float) -> No
             await stream(server, TOKENS_PER_STREAM)
 
     loop = asyncio.get_running_loop()
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         live = loop.run_in_executor(pool, probe, *server.live, seconds, pause)
         metrics = loop.run_in_executor(pool, probe, *server.metrics, seconds, pause)
+        floor = loop.run_in_executor(pool, probe, limit, "/", seconds, pause)
         await asyncio.gather(*(client(number) for number in range(streams)))
         server.samples.seconds += time.perf_counter() - began
         server.samples.live += await live
         server.samples.metrics += await metrics
+        server.samples.limit += await floor
 
 
 @contextlib.contextmanager
@@ -206,6 +220,7 @@ def report(ours: Server, theirs: Server) -> None:
         ("time between tokens", "gap"),
         ("liveness probe", "live"),
         ("metrics page", "metrics"),
+        ("limit for a probe", "limit"),
     ):
         mine, other = getattr(ours.samples, key), getattr(theirs.samples, key)
         print(f"\n{title}: {len(mine)} / {len(other)} samples")
@@ -234,18 +249,21 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    (limit,) = free_ports(1)
+    idle = get_context("spawn").Process(target=answer, args=(limit,), daemon=True)
+    idle.start()
     with (
         tempfile.TemporaryDirectory() as directory,
         our_worker(Path(directory)) as ours,
         plain_vllm(Path(directory)) as theirs,
     ):
         for server in (ours, theirs):  # warm both up, outside the count
-            asyncio.run(load(server, options.streams, 5, options.pause))
+            asyncio.run(load(server, options.streams, 5, options.pause, limit))
             server.samples = Samples()
         for number in range(options.rounds):
             pair = (ours, theirs) if number % 2 == 0 else (theirs, ours)
             for server in pair:
-                asyncio.run(load(server, options.streams, options.seconds, options.pause))
+                asyncio.run(load(server, options.streams, options.seconds, options.pause, limit))
                 print(f"round {number + 1}: {server.name} done", flush=True)
         report(ours, theirs)
 
