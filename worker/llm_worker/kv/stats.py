@@ -101,6 +101,8 @@ class SourceStats:
     duplicate_blocks: int = 0  # stored while held: counted, not stored twice
     unknown_removed_blocks: int = 0  # removed without being held
     refused_blocks: int = 0  # not stored: the index's bound was reached
+    duplicate_removed_blocks: int = 0  # removed while another copy was held: still held
+    cleared_blocks: int = 0  # held when a clear came; held = stored - removed - cleared
 
 
 @dataclass(slots=True)

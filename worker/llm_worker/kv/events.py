@@ -1,0 +1,522 @@
+"""vLLM's KV-event payload → records, and back. The only module that knows the wire format.
+
+A batch is ``[timestamp, events, rank?]``. Two encodings of an event are live: positional arrays
+(vLLM up to 0.23, every vintage: they grew at the end) and maps keyed by field name (0.24 on).
+Fields that are unknown here are skipped, events of an unknown type are counted, and an event that
+is broken costs itself, never its batch. Token ids are skipped in C unless they are asked for.
+Pure: no I/O, no clock, no logging.
+Source: vllm/distributed/kv_events.py, 0.9.0.1 to 0.33.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+Hash: TypeAlias = int | bytes  # integers are unsigned, 64 bits
+HASH_MASK = (1 << 64) - 1
+MAX_PAYLOAD_BYTES = 16 << 20  # a step of a million token ids is 5 MB
+MAX_HASH_BYTES = 64  # sha256 has 32
+
+_MEDIA = {None: "gpu", "GPU": "gpu", "CPU": "cpu", "STORAGE": "storage"}
+if TYPE_CHECKING:  # what a decoded record has
+    _Hash: TypeAlias = Hash
+    _SignedHash: TypeAlias = Hash
+    _Medium: TypeAlias = str
+    _Group: TypeAlias = int
+else:  # what is decoded
+    _BYTES = Annotated[bytes, Meta(min_length=1, max_length=MAX_HASH_BYTES)]
+    _Hash = Annotated[int, Meta(ge=0)] | _BYTES
+    _SignedHash = int | _BYTES
+    _Medium = str | None
+    _Group = int | None
+
+
+class BlockStored(
+    Struct,
+    tag_field="type",
+    tag="BlockStored",
+    gc=False,
+    kw_only=True,
+    rename={
+        "hashes": "block_hashes",
+        "parent": "parent_block_hash",
+        "adapter": "lora_name",
+        "group": "group_idx",
+        "kind": "kv_cache_spec_kind",
+        "sliding_window": "kv_cache_spec_sliding_window",
+        # A name that no payload has: what is no field of a struct is skipped, not decoded.
+        "token_ids": "token_ids:unread",
+    },
+):
+    """Blocks that became reusable, oldest first.
+
+    ``token_ids`` holds ``len(hashes) * block_size`` entries when they were asked for and the
+    publisher has them, else None. ``extra_keys`` has one entry per block, or is None.
+    """
+
+    hashes: list[_Hash]
+    parent: _Hash | None = None
+    block_size: int = 0  # tokens per block; 0: the publisher does not say
+    medium: _Medium = "gpu"  # "gpu", "cpu", "storage", …: lower case
+    adapter: str | None = None  # LoRA name, else its number as text; None is the base model
+    group: _Group = 0  # KV-cache group; hybrid models have several
+    extra_keys: list[Any] | None = None
+    kind: str | None = None
+    locality: str | None = None  # LOCAL or REMOTE as seen from the publisher
+    sliding_window: int | None = None  # tokens
+    ownership: str | None = None
+    lora_id: int | None = None
+    token_ids: Any = None
+
+
+class BlockRemoved(
+    Struct,
+    tag_field="type",
+    tag="BlockRemoved",
+    gc=False,
+    kw_only=True,
+    rename={"hashes": "block_hashes", "group": "group_idx"},
+):
+    """Blocks that are gone. The wire does not say of which adapter: the hash does."""
+
+    hashes: list[_Hash]
+    medium: _Medium = "gpu"
+    group: _Group = 0
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class AllBlocksCleared(Struct, tag_field="type", tag="AllBlocksCleared", gc=False, kw_only=True):
+    """Nothing is held any more: on one medium, or on none (``medium`` is None)."""
+
+    medium: str | None = None
+
+
+Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class Batch(Struct, array_like=True, gc=False):
+    """One step's events, in order.
+
+    ``rejected`` holds a reason (UNDECODABLE_REASONS) for each event that was dropped, ``unknown``
+    counts events of a type that is not known here. They are no fields: a payload cannot set them.
+    """
+
+    timestamp: float  # unix seconds, the engine's clock
+    events: list[Event]
+    rank: int | None = None  # of data parallelism; not said by 0.9.0
+
+    @property
+    def rejected(self) -> Sequence[str]:
+        """Why events were dropped."""
+        return ()
+
+    @property
+    def unknown(self) -> int:
+        """Events of a type that is not known here."""
+        return 0
+
+
+class _PartialBatch(Batch):
+    """A batch of which not every event was understood."""
+
+    reasons: list[str] = []  # a struct copies it
+    unknown_events: int = 0
+
+    @property
+    def rejected(self) -> Sequence[str]:
+        return self.reasons
+
+    @property
+    def unknown(self) -> int:
+        return self.unknown_events
+
+
+class WireError(ValueError):
+    """A payload is no batch. Handled by the listener: count, mark stale, go on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"undecodable KV batch: {reason}")
+        self.reason = reason  # one of UNDECODABLE_REASONS
+
+
+class _StoredWithTokens(BlockStored, tag="BlockStored", rename={"token_ids": "token_ids"}):
+    token_ids: Any = None
+
+
+class _SignedStored(
+    BlockStored,
+    tag="BlockStored",
+    rename={"hashes": "block_hashes", "parent": "parent_block_hash"},
+):
+    hashes: list[_SignedHash]
+    parent: _SignedHash | None = None
+
+
+class _SignedStoredWithTokens(_SignedStored, tag="BlockStored", rename={"token_ids": "token_ids"}):
+    token_ids: Any = None
+
+
+class _SignedRemoved(BlockRemoved, tag="BlockRemoved", rename={"hashes": "block_hashes"}):
+    hashes: list[_SignedHash]
+
+
+class _PositionalStored(Struct, array_like=True, tag="BlockStored", gc=False):
+    hashes: list[_SignedHash]
+    parent: _SignedHash | None
+    token_ids: Raw
+    block_size: int
+    lora_id: int | None = None
+    medium: str | None = None  # from 0.10.2 on
+    adapter: str | None = None  # 0.14
+    extra_keys: list[Any] | None = None  # 0.17
+    group: int | None = None  # 0.20
+    kind: str | None = None
+    sliding_window: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class _PositionalRemoved(Struct, array_like=True, tag="BlockRemoved", gc=False):
+    hashes: list[_SignedHash]
+    medium: str | None = None
+    group: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class _PositionalCleared(Struct, array_like=True, tag="AllBlocksCleared", gc=False):
+    medium: str | None = None
+
+
+_Wire = TypeVar("_Wire")
+
+
+class _Envelope(Struct, Generic[_Wire], array_like=True, gc=False):
+    timestamp: float
+    events: list[_Wire]
+    rank: Any = None
+
+
+class _EventError(Exception):
+    """One event of a batch is dropped."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+_ERRORS = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+
+
+class Decoder:
+    """Payloads of one publisher → batches. It tries the encoding first that it saw last.
+
+    Args:
+        token_ids: Whether stored blocks carry their token ids, which are most of a payload.
+    """
+
+    def __init__(self, *, token_ids: bool = False) -> None:
+        self._token_ids = token_ids
+        unsigned: tuple[Any, Callable[[Any], Batch]]
+        unsigned = (msgspec.msgpack.Decoder(Batch), _normalise)
+        signed: Any = _SignedStored
+        if token_ids:
+            signed = _SignedStoredWithTokens
+            unsigned = (
+                _typed_decoder(_StoredWithTokens | BlockRemoved | AllBlocksCleared),
+                _finish,
+            )
+        self._typed = (
+            unsigned,
+            (_typed_decoder(signed | _SignedRemoved | AllBlocksCleared), _finish_signed),
+            (
+                _typed_decoder(_PositionalStored | _PositionalRemoved | _PositionalCleared),
+                self._finish_positional,
+            ),
+        )
+        self._raw = _typed_decoder(Raw)
+        self._generic = msgspec.msgpack.Decoder(Any)
+        self._decode, self._finish = unsigned[0].decode, unsigned[1]
+
+    def decode(self, payload: bytes | memoryview) -> Batch:
+        """Return the batch that ``payload`` holds, without the events that are broken.
+
+        Raises:
+            WireError: It is no batch at all: "msgpack", "batch" or "too_large".
+        """
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            raise WireError("too_large")
+        try:
+            batch = self._decode(payload)
+        except _ERRORS:
+            return self._decode_otherwise(payload)
+        return self._finish(batch)
+
+    def _decode_otherwise(self, payload: bytes | memoryview) -> Batch:
+        """Try the other encodings as a whole, then event by event."""
+        for decoder, finish in self._typed:
+            try:
+                batch = decoder.decode(payload)
+            except _ERRORS:
+                continue
+            self._decode, self._finish = decoder.decode, finish
+            return finish(batch)
+        try:
+            envelope = self._raw.decode(payload)
+        except msgspec.ValidationError:
+            raise WireError("batch") from None
+        except _ERRORS:
+            raise WireError("msgpack") from None
+        rank = envelope.rank if type(envelope.rank) is int else None
+        batch = _PartialBatch(envelope.timestamp, [], rank)
+        for raw in envelope.events:
+            try:
+                event = self._event(raw)
+            except _EventError as rejected:
+                batch.reasons.append(rejected.reason)
+                continue
+            if event is None:
+                batch.unknown_events += 1
+            else:
+                batch.events.append(event)
+        return batch
+
+    def _event(self, raw: Raw) -> Event | None:
+        """Return one event, whatever its encoding; None when its type is unknown.
+
+        Raises:
+            _EventError: It can't be understood.
+        """
+        try:
+            wire: Any = self._generic.decode(raw)
+        except _ERRORS:
+            raise _EventError("event") from None
+        if isinstance(wire, list) and wire:
+            names = _POSITIONS.get(wire[0]) if isinstance(wire[0], str) else None
+            wire = dict(zip(names or ("type",), wire, strict=False))
+        if not isinstance(wire, dict) or not isinstance(kind := wire.get("type"), str):
+            raise _EventError("event")
+        medium = wire.get("medium")
+        medium = medium if isinstance(medium, str) else None
+        if kind == "AllBlocksCleared":
+            return AllBlocksCleared(medium=medium and _medium(medium))
+        if kind not in _POSITIONS:
+            return None
+        hashes = wire.get("block_hashes")
+        if not isinstance(hashes, list):
+            raise _EventError("event")
+        medium = _medium(medium)
+        hashes = [_hash(value) for value in hashes]
+        group = wire.get("group_idx")
+        group = group if type(group) is int else 0
+        locality, ownership = _text(wire, "locality"), _text(wire, "ownership")
+        if kind == "BlockRemoved":
+            return BlockRemoved(
+                hashes=hashes, medium=medium, group=group, locality=locality, ownership=ownership
+            )
+        parent, lora_id = wire.get("parent_block_hash"), _number(wire, "lora_id")
+        adapter = _text(wire, "lora_name")
+        extra_keys = wire.get("extra_keys")
+        return BlockStored(
+            hashes=hashes,
+            parent=None if parent is None else _hash(parent),
+            block_size=_number(wire, "block_size") or 0,
+            medium=medium,
+            adapter=str(lora_id) if adapter is None and lora_id is not None else adapter,
+            group=group,
+            extra_keys=extra_keys if isinstance(extra_keys, list) else None,
+            kind=_text(wire, "kv_cache_spec_kind"),
+            locality=locality,
+            sliding_window=_number(wire, "kv_cache_spec_sliding_window"),
+            ownership=ownership,
+            lora_id=lora_id,
+            token_ids=wire.get("token_ids") if self._token_ids else None,
+        )
+
+    def _finish_positional(self, wire: _Envelope[Any]) -> Batch:
+        """Give positional events the shape of today's."""
+        events: list[Event] = []
+        for event in wire.events:
+            medium = event.medium
+            if type(event) is _PositionalCleared:
+                events.append(AllBlocksCleared(medium=medium and _medium(medium)))
+                continue
+            medium = _MEDIA.get(medium) or _medium(medium)
+            hashes, group = _unsigned(event.hashes), event.group or 0
+            if type(event) is _PositionalRemoved:
+                events.append(
+                    BlockRemoved(
+                        hashes=hashes,
+                        medium=medium,
+                        group=group,
+                        locality=event.locality,
+                        ownership=event.ownership,
+                    )
+                )
+                continue
+            adapter, lora_id, parent = event.adapter, event.lora_id, event.parent
+            if adapter is None and lora_id is not None:
+                adapter = str(lora_id)
+            if type(parent) is int:
+                parent &= HASH_MASK
+            events.append(
+                BlockStored(
+                    hashes=hashes,
+                    parent=parent,
+                    block_size=event.block_size,
+                    medium=medium,
+                    adapter=adapter,
+                    group=group,
+                    extra_keys=event.extra_keys,
+                    kind=event.kind,
+                    locality=event.locality,
+                    sliding_window=event.sliding_window,
+                    ownership=event.ownership,
+                    lora_id=lora_id,
+                    token_ids=self._generic.decode(event.token_ids) if self._token_ids else None,
+                )
+            )
+        return Batch(wire.timestamp, events, wire.rank)
+
+
+_POSITIONS = {
+    "BlockStored": (
+        "type", "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id",
+        "medium", "lora_name", "extra_keys", "group_idx", "kv_cache_spec_kind",
+        "kv_cache_spec_sliding_window", "locality", "ownership",
+    ),
+    "BlockRemoved": ("type", "block_hashes", "medium", "group_idx", "locality", "ownership"),
+    "AllBlocksCleared": ("type", "medium"),
+}  # fmt: skip
+
+
+def _typed_decoder(event: Any) -> Any:
+    return msgspec.msgpack.Decoder(_Envelope[event])
+
+
+def _medium(name: str | None) -> str:
+    return _MEDIA.get(name) or str(name).lower()
+
+
+def _normalise(batch: Batch) -> Batch:
+    """Put in what the wire leaves out or spells otherwise."""
+    for event in batch.events:
+        if isinstance(event, AllBlocksCleared):
+            event.medium = event.medium and _medium(event.medium)
+            continue
+        event.medium = _MEDIA.get(event.medium) or _medium(event.medium)
+        if event.group is None:
+            event.group = 0
+        if isinstance(event, BlockStored) and event.lora_id is not None and event.adapter is None:
+            event.adapter = str(event.lora_id)
+    return batch
+
+
+def _finish(wire: _Envelope[Any]) -> Batch:
+    rank = wire.rank if type(wire.rank) is int else None
+    return _normalise(Batch(wire.timestamp, wire.events, rank))
+
+
+def _finish_signed(wire: _Envelope[Any]) -> Batch:
+    for event in wire.events:
+        if type(event) is AllBlocksCleared:
+            continue
+        event.hashes = _unsigned(event.hashes)
+        if isinstance(event, BlockStored) and type(event.parent) is int:
+            event.parent &= HASH_MASK
+    return _finish(wire)
+
+
+def _unsigned(hashes: list[Hash]) -> list[Hash]:
+    return [value & HASH_MASK if type(value) is int else value for value in hashes]
+
+
+def _hash(value: object) -> Hash:
+    if type(value) is int:
+        return value & HASH_MASK
+    if type(value) is bytes and 0 < len(value) <= MAX_HASH_BYTES:
+        return value
+    raise _EventError("hash")
+
+
+def _text(wire: dict[Any, Any], name: str) -> str | None:
+    value = wire.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _number(wire: dict[Any, Any], name: str) -> int | None:
+    value = wire.get(name)
+    return value if type(value) is int else None
+
+
+class _WireStored(
+    Struct,
+    tag_field="type",
+    tag="BlockStored",
+    omit_defaults=True,
+    gc=False,
+):
+    block_hashes: list[Hash]
+    parent_block_hash: Hash | None
+    token_ids: Any
+    block_size: int
+    lora_id: int | None
+    medium: str | None
+    lora_name: str | None
+    extra_keys: list[Any] | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class _WireRemoved(Struct, tag_field="type", tag="BlockRemoved", omit_defaults=True, gc=False):
+    block_hashes: list[Hash]
+    medium: str | None
+    group_idx: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class _WireCleared(Struct, tag_field="type", tag="AllBlocksCleared", omit_defaults=True, gc=False):
+    medium: str | None = None
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(timestamp: float, events: Sequence[Event], rank: int | None) -> bytes:
+    """Return a batch in vLLM 0.32's format. Blocks without token ids have an empty list of them."""
+    wire: list[Struct] = []
+    for event in events:
+        medium = event.medium and event.medium.upper()
+        if isinstance(event, BlockStored):
+            wire.append(
+                _WireStored(
+                    event.hashes,
+                    event.parent,
+                    event.token_ids or [],
+                    event.block_size,
+                    event.lora_id,
+                    medium,
+                    event.adapter,
+                    event.extra_keys,
+                    event.group,
+                    event.kind,
+                    event.sliding_window,
+                    event.locality,
+                    event.ownership,
+                )
+            )
+        elif isinstance(event, BlockRemoved):
+            wire.append(
+                _WireRemoved(event.hashes, medium, event.group, event.locality, event.ownership)
+            )
+        else:
+            wire.append(_WireCleared(medium))
+    return _ENCODER.encode([timestamp, wire, rank])

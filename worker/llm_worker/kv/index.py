@@ -1,0 +1,451 @@
+"""Which worker, rank and medium holds which block.
+
+One source is one rank of one worker. It keeps a lane per medium, KV-cache group and adapter: a
+dict from a block's hash to its parent's. One thread writes all sources of an index; any thread may
+read, and sees what was true a moment ago. Never parses a payload, never does I/O.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, takewhile
+from operator import is_not
+
+from llm_worker.kv.events import (
+    HASH_MASK,
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Event,
+    Hash,
+)
+from llm_worker.kv.stats import STALE_REASONS, MatchStats, SourceStats
+
+UNBOUNDED = 1 << 62
+MAX_LANES = 4096  # of one source: media times groups times adapters
+SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
+_ABSENT = object()
+
+# Why the block after the last one that is held is a miss. Closed set.
+MISS_REASONS = (
+    "other_medium",  # this source holds it, on another medium
+    "other_adapter",  # for another adapter
+    "other_group",  # in another KV-cache group
+    "hole",  # not held, but a later block of the prefix is: it was evicted from the middle
+    "absent",  # its parent is held: it was evicted or never computed here
+    "unseen",  # nothing of the prefix is held here
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How much of a prefix one rank of one worker holds on one medium."""
+
+    worker: str
+    rank: int
+    medium: str
+    blocks: int  # leading ones
+    miss: str | None  # why the next block is none of them (MISS_REASONS); None: all are held
+    stale: frozenset[str]  # why the answer may be wrong (STALE_REASONS); empty: it is trustworthy
+
+
+class Lane:
+    """The blocks of one source on one medium, in one group, of one adapter."""
+
+    __slots__ = (
+        "adapter", "block_size", "copies", "group", "kind", "locality", "medium", "parents",
+        "sizes", "sliding_window",
+    )  # fmt: skip
+
+    def __init__(self, event: BlockStored) -> None:
+        self.medium = event.medium
+        self.group = event.group
+        self.adapter = event.adapter
+        self.block_size = event.block_size
+        self.kind = event.kind
+        self.sliding_window = event.sliding_window
+        self.locality = event.locality
+        self.parents: dict[Hash, Hash | None] = {}
+        self.copies: dict[Hash, int] = {}  # beyond the first; only of blocks that have some
+        self.sizes: dict[Hash, int] = {}  # only of blocks whose size is not the lane's
+
+    def memory_bytes(self) -> int:
+        """Return what the lane occupies, from the sizes of its tables and of a sample of hashes."""
+        parents = self.parents
+        sample = list(islice(parents.items(), 4096))
+        total = sys.getsizeof(parents) + sys.getsizeof(self.copies) + sys.getsizeof(self.sizes)
+        if not sample:
+            return total
+        keys = sum(_allocated(key) for key, _ in sample)
+        # A parent inside one event is the key before it; the first one's is an object of its own.
+        before = chain((None,), (key for key, _ in sample))
+        own = (
+            _allocated(parent)
+            for (_, parent), key in zip(sample, before, strict=False)
+            if is_not(parent, key)
+        )
+        return total + (keys + sum(own)) * len(parents) // len(sample)
+
+
+class Source:
+    """One rank of one worker."""
+
+    def __init__(self, index: Index, worker: str, rank: int) -> None:
+        self.worker = worker
+        self.rank = rank
+        self.stats = SourceStats()
+        self.stale: frozenset[str] = frozenset(("unsynchronised",))
+        self._index = index
+        self._lanes: dict[tuple[str, int, str | None], Lane] = {}
+        # What a removal can mean: it says medium and group, not the adapter.
+        self._removable: dict[tuple[str, int], list[Lane]] = {}
+
+    def apply(self, events: Sequence[Event]) -> None:  # noqa: PLR0912  # the hot path: no calls
+        """Bring the source up to date with events of its publisher, in their order."""
+        lanes, stats, index = self._lanes, self.stats, self._index
+        room = index.room_blocks
+        for event in events:
+            if isinstance(event, BlockStored):
+                hashes = event.hashes
+                count = len(hashes)
+                stats.stored_events += 1
+                lane = lanes.get((event.medium, event.group, event.adapter))
+                if lane is None:
+                    lane = self._new_lane(event)
+                    if lane is None:
+                        stats.refused_blocks += count
+                        continue
+                parents = lane.parents
+                if (
+                    count > room
+                    or event.block_size != lane.block_size
+                    or not parents.keys().isdisjoint(hashes)
+                ):
+                    room -= self._store_each(lane, event, room)
+                    continue
+                before = len(parents)
+                parents.update(zip(hashes, (event.parent, *hashes), strict=False))
+                new = len(parents) - before
+                if new != count:
+                    stats.duplicate_blocks += count - new
+                    for value, copies in Counter(hashes).items():
+                        if copies > 1:
+                            lane.copies[value] = copies - 1
+                stats.stored_blocks += new
+                room -= new
+            elif isinstance(event, BlockRemoved):
+                stats.removed_events += 1
+                candidates = self._removable.get((event.medium, event.group), ())
+                if len(candidates) == 1 and not candidates[0].copies and not candidates[0].sizes:
+                    pop = candidates[0].parents.pop
+                    removed = 0
+                    for value in event.hashes:
+                        if pop(value, _ABSENT) is not _ABSENT:
+                            removed += 1
+                    stats.removed_blocks += removed
+                    stats.unknown_removed_blocks += len(event.hashes) - removed
+                else:
+                    removed = self._remove_each(candidates, event.hashes)
+                room += removed
+            elif isinstance(event, AllBlocksCleared):
+                stats.cleared_events += 1
+                index.room_blocks = room
+                self.clear(event.medium)
+                lanes, room = self._lanes, index.room_blocks
+        index.room_blocks = room
+
+    def clear(self, medium: str | None = None) -> None:
+        """Forget every block, or those of one medium. At once: it does not look at the blocks."""
+        kept = {} if medium is None else {k: v for k, v in self._lanes.items() if k[0] != medium}
+        gone = sum(len(lane.parents) for key, lane in self._lanes.items() if key not in kept)
+        self._lanes = kept
+        self._removable = {k: v for k, v in self._removable.items() if k[0] != medium and kept}
+        self.stats.cleared_blocks += gone
+        self._index.room_blocks += gone
+        if not kept:
+            self.trust("index_full")
+
+    def mark_stale(self, reason: str) -> None:
+        """Say that what is held here may not be what the engine holds.
+
+        Raises:
+            ValueError: ``reason`` is none of STALE_REASONS.
+        """
+        if reason not in STALE_REASONS:
+            raise ValueError(f"no reason to be stale: {reason!r}")
+        if reason not in self.stale:
+            self.stale |= {reason}
+
+    def trust(self, *reasons: str) -> None:
+        """Take back some reasons to be stale; without any, all."""
+        self.stale = self.stale.difference(reasons) if reasons else frozenset()
+
+    def blocks(self) -> dict[str, int]:
+        """Return the number of blocks by medium; without copies, of all groups and adapters."""
+        counts: dict[str, int] = {}
+        for lane in self.lanes():
+            counts[lane.medium] = counts.get(lane.medium, 0) + len(lane.parents)
+        return counts
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes as they are now."""
+        return list(self._lanes.values())
+
+    def hashes(self, group: int | None = None) -> set[Hash]:
+        """Return the hashes of all blocks, or of one KV-cache group."""
+        return set().union(*(s.parents for s in self.lanes() if group in (None, s.group)))
+
+    def snapshot(self) -> Iterator[BlockStored]:
+        """Yield events that bring an empty source to this one's state.
+
+        Consecutive blocks of a chain share an event. Extra keys are not kept, so not in it.
+        """
+        for lane in self.lanes():
+            hashes: list[Hash] = []
+            first, size = None, lane.block_size
+            for value, parent in list(lane.parents.items()):
+                block_size = lane.sizes.get(value, lane.block_size) if lane.sizes else size
+                if hashes and (
+                    parent != hashes[-1] or block_size != size or len(hashes) >= SNAPSHOT_BLOCKS
+                ):
+                    yield _stored(lane, hashes, first, size)
+                    hashes = []
+                if not hashes:
+                    first, size = parent, block_size
+                hashes.append(value)
+            if hashes:
+                yield _stored(lane, hashes, first, size)
+            for value, copies in list(lane.copies.items()):
+                block_size = lane.sizes.get(value, lane.block_size)
+                for _ in range(copies):
+                    yield _stored(lane, [value], lane.parents.get(value), block_size)
+
+    def held(self, hashes: Sequence[Hash], adapter: str | None, group: int) -> dict[str, int]:
+        """Return the number of leading blocks that are held, by medium; media without are absent.
+
+        Args:
+            hashes: Unsigned.
+            adapter: None is the base model.
+            group: Of the KV cache.
+        """
+        found: dict[str, int] = {}
+        if not hashes:
+            return found
+        first = hashes[0]
+        for lane in self.lanes():
+            parents = lane.parents
+            if first in parents and lane.adapter == adapter and lane.group == group:
+                found[lane.medium] = sum(1 for _ in takewhile(parents.__contains__, hashes))
+        return found
+
+    def why_missing(
+        self, hashes: Sequence[Hash], blocks: int, medium: str, adapter: str | None, group: int
+    ) -> str | None:
+        """Return why block number ``blocks`` is not held (MISS_REASONS), None if there is none."""
+        if blocks >= len(hashes):
+            return None
+        missing = hashes[blocks]
+        holders = [lane for lane in self.lanes() if missing in lane.parents]
+        if any(lane.adapter == adapter and lane.group == group for lane in holders):
+            return "other_medium"
+        if any(lane.group == group for lane in holders):
+            return "other_adapter"
+        if holders:
+            return "other_group"
+        own = self._lanes.get((medium, group, adapter))
+        if own is not None and not own.parents.keys().isdisjoint(islice(hashes, blocks + 1, None)):
+            return "hole"
+        return "absent" if blocks else "unseen"
+
+    def _new_lane(self, event: BlockStored) -> Lane | None:
+        if len(self._lanes) >= MAX_LANES:
+            self.mark_stale("index_full")
+            return None
+        lane = Lane(event)
+        self._lanes[event.medium, event.group, event.adapter] = lane
+        self._removable.setdefault((event.medium, event.group), []).append(lane)
+        return lane
+
+    def _store_each(self, lane: Lane, event: BlockStored, room: int) -> int:
+        """Store block by block: some are held, or of another size, or do not fit.
+
+        Returns:
+            How many are new.
+        """
+        stats, parents, copies = self.stats, lane.parents, lane.copies
+        parent, new = event.parent, 0
+        if not parents:
+            lane.block_size = event.block_size
+        for value in event.hashes:
+            if value in parents:
+                # vLLM holds some blocks more than once, and says so on store and on removal.
+                copies[value] = copies.get(value, 0) + 1
+                stats.duplicate_blocks += 1
+            elif new < room:
+                parents[value] = parent
+                new += 1
+                if event.block_size != lane.block_size:
+                    lane.sizes[value] = event.block_size
+            else:
+                stats.refused_blocks += 1
+                self.mark_stale("index_full")
+            parent = value
+        stats.stored_blocks += new
+        return new
+
+    def _remove_each(self, candidates: Sequence[Lane], hashes: Sequence[Hash]) -> int:
+        """Remove block by block.
+
+        Returns:
+            How many are gone: not those of which a copy is left.
+        """
+        stats, removed = self.stats, 0
+        for value in hashes:
+            for lane in candidates:
+                if value not in lane.parents:
+                    continue
+                copies = lane.copies.get(value, 0)
+                if copies > 1:
+                    lane.copies[value] = copies - 1
+                elif copies:
+                    del lane.copies[value]
+                else:
+                    del lane.parents[value]
+                    lane.sizes.pop(value, None)
+                    removed += 1
+                if copies:
+                    stats.duplicate_removed_blocks += 1
+                break
+            else:
+                stats.unknown_removed_blocks += 1
+        stats.removed_blocks += removed
+        return removed
+
+
+class Index:
+    """All sources of a worker, or of a fleet.
+
+    Args:
+        max_blocks: How many blocks all sources hold together; more are refused. None: no bound.
+    """
+
+    def __init__(self, *, max_blocks: int | None = None) -> None:
+        self.max_blocks = max_blocks
+        self.room_blocks = UNBOUNDED if max_blocks is None else max_blocks
+        self.match_stats = MatchStats()
+        self._sources: dict[tuple[str, int], Source] = {}
+
+    def source(self, worker: str, rank: int) -> Source:
+        """Return the source of a rank, made when it is not there yet: it is stale then."""
+        source = self._sources.get((worker, rank))
+        if source is None:
+            source = self._sources[worker, rank] = Source(self, worker, rank)
+        return source
+
+    def sources(self) -> list[Source]:
+        """Return all sources, in the order in which they came."""
+        return list(self._sources.values())
+
+    def remove_worker(self, worker: str) -> int:
+        """Forget a worker with all its ranks; return how many there were."""
+        gone = [source for source in self.sources() if source.worker == worker]
+        for source in gone:
+            source.clear()
+            del self._sources[source.worker, source.rank]
+        return len(gone)
+
+    def match(
+        self,
+        hashes: Sequence[Hash],
+        *,
+        adapter: str | None = None,
+        group: int = 0,
+        misses: bool = False,
+    ) -> list[Held]:
+        """Return who holds the beginning of a prefix, the longest first.
+
+        Args:
+            hashes: One per block from the first on; signed integers are understood.
+            adapter: LoRA name; None is the base model.
+            group: KV-cache group.
+            misses: Also return sources that hold nothing of it, with why.
+        """
+        started = time.perf_counter()
+        hashes = _unsigned(hashes)
+        found: list[Held] = []
+        hit = False
+        for source in self.sources():
+            blocks_by_medium = source.held(hashes, adapter, group)
+            hit = hit or bool(blocks_by_medium)
+            if misses and not blocks_by_medium:
+                blocks_by_medium = {"gpu": 0}
+            for medium, blocks in blocks_by_medium.items():
+                miss = source.why_missing(hashes, blocks, medium, adapter, group)
+                found.append(Held(source.worker, source.rank, medium, blocks, miss, source.stale))
+        found.sort(key=_preference)
+        self.match_stats.requests["hit" if hit else "miss"] += 1
+        self.match_stats.seconds.observe(time.perf_counter() - started)
+        return found
+
+    def held_blocks(self) -> int:
+        """Return the number of blocks of all sources; one on two workers counts twice."""
+        return sum(len(lane.parents) for source in self.sources() for lane in source.lanes())
+
+    def unique_blocks(self) -> int:
+        """Return the number of different blocks, whoever holds them. Costs a copy of the index."""
+        by_kind: dict[tuple[int, str | None], list[dict[Hash, Hash | None]]] = {}
+        for source in self.sources():
+            for lane in source.lanes():
+                by_kind.setdefault((lane.group, lane.adapter), []).append(lane.parents)
+        return sum(
+            len(tables[0]) if len(tables) == 1 else len(set().union(*tables))
+            for tables in by_kind.values()
+        )
+
+    def memory_bytes(self) -> int:
+        """Return what the blocks occupy."""
+        return sum(lane.memory_bytes() for source in self.sources() for lane in source.lanes())
+
+
+def _preference(held: Held) -> tuple[int, bool, bool, str, int, str]:
+    """Longest first, then trustworthy, then on the GPU."""
+    return (
+        -held.blocks,
+        bool(held.stale),
+        held.medium != "gpu",
+        held.worker,
+        held.rank,
+        held.medium,
+    )
+
+
+def _stored(lane: Lane, hashes: list[Hash], parent: Hash | None, block_size: int) -> BlockStored:
+    return BlockStored(
+        hashes=hashes,
+        parent=parent,
+        block_size=block_size,
+        medium=lane.medium,
+        adapter=lane.adapter,
+        group=lane.group,
+        kind=lane.kind,
+        locality=lane.locality,
+        sliding_window=lane.sliding_window,
+    )
+
+
+def _unsigned(hashes: Sequence[Hash]) -> Sequence[Hash]:
+    try:
+        if not hashes or min(hashes) >= 0:  # type: ignore[operator]
+            return hashes
+    except TypeError:  # bytes
+        pass
+    return [value & HASH_MASK if isinstance(value, int) else value for value in hashes]
+
+
+def _allocated(value: Hash | None) -> int:
+    """Return what an object occupies: the allocator hands out multiples of 16 bytes."""
+    return 0 if value is None else (sys.getsizeof(value) + 15) & ~15
