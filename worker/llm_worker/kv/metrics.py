@@ -27,6 +27,7 @@ from prometheus_client.utils import floatToGoString
 
 from llm_worker.kv.stats import (
     GAP_KINDS,
+    PLANE_DROP_REASONS,
     REPLAY_OUTCOMES,
     STALE_REASONS,
     UNDECODABLE_REASONS,
@@ -45,7 +46,6 @@ BATCH_OUTCOMES = ("applied", "duplicate", "late", "replayed", "lost", "dropped")
 EVENT_TYPES = ("stored", "removed", "cleared", "unknown")
 MATCH_OUTCOMES = ("hit", "miss", "invalid")
 AUDIT_OUTCOMES = ("equal", "drift", "busy", "failed")
-PLANE_DROP_REASONS = ("buffer_full", "too_large")
 WORKER_HEALTH = ("ok", "stale", "disconnected")
 
 # A publisher chooses its media; a hostile one shall not choose how many series we have.
@@ -154,26 +154,37 @@ SOURCE_FAMILIES = (
         (*_RANK, "type"),
         "KV events of this rank, by type. unknown: of a type this release does not know, skipped.",
     ),
-    Family("blocks_stored_total", "counter", _RANK, "Blocks that events said were stored."),
-    Family("blocks_removed_total", "counter", _RANK, "Blocks that events said were removed."),
+    Family(
+        "blocks_stored_total",
+        "counter",
+        _RANK,
+        "Blocks added to the index. index_blocks = stored - removed - cleared.",
+    ),
+    Family("blocks_removed_total", "counter", _RANK, "Blocks taken out of the index one by one."),
+    Family(
+        "blocks_cleared_total",
+        "counter",
+        _RANK,
+        "Blocks that the index held when all of them, or all of a medium, were cleared.",
+    ),
     Family(
         "blocks_duplicate_total",
         "counter",
         _RANK,
-        "Blocks stored while the rank held them already: vLLM may keep one content in several "
-        "physical blocks. They are counted, and leave with their last copy.",
+        "Blocks said to be stored while the rank held them already: vLLM may keep one content in "
+        "several physical blocks. A block leaves the index with its last copy.",
     ),
     Family(
         "blocks_unknown_removed_total",
         "counter",
         _RANK,
-        "Blocks removed that the index did not have for this rank.",
+        "Blocks said to be removed that the index did not have for this rank.",
     ),
     Family(
         "blocks_refused_total",
         "counter",
         _RANK,
-        "Blocks stored that the index did not take because its bound was reached.",
+        "Blocks said to be stored that the index did not take because its bound was reached.",
     ),
     Family(
         "source_stale",
@@ -257,14 +268,16 @@ PLANE_FAMILIES = (
         "plane_buffered_batches",
         "gauge",
         ("plane",),
-        "Batches that wait for the transport or for its acknowledgement.",
+        "Batches kept. nats: not yet acknowledged, so near 0 while all is well; zmq: for replay, "
+        "so full while all is well.",
     ),
-    Family("plane_buffer_capacity_batches", "gauge", ("plane",), "Most batches that may wait."),
+    Family("plane_buffer_capacity_batches", "gauge", ("plane",), "Most batches that are kept."),
     Family(
         "plane_dropped_batches_total",
         "counter",
         ("plane", "reason"),
-        "Batches that never went out; receivers see a gap.",
+        "Batches that did not go out, or not to every receiver, which then sees a gap. "
+        "subscriber_full: once for each time a receiver falls behind.",
     ),
     Family(
         "plane_replays_served_total",
@@ -277,6 +290,12 @@ PLANE_FAMILIES = (
         "counter",
         ("plane",),
         "Requests of receivers for all blocks that the index holds.",
+    ),
+    Family(
+        "plane_requests_refused_total",
+        "counter",
+        ("plane",),
+        "Requests of receivers that were malformed, or too many at once.",
     ),
     Family(
         "plane_reconnects_total",
@@ -340,16 +359,14 @@ class KvCollector:
         listeners: Callable[[], Iterable[ListenerStats]],
         planes: Callable[[], Iterable[PlaneStats]] = _none,
         audits: Callable[[], Iterable[AuditStats]] = _none,
-        max_blocks: int | None = None,
         fleet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``max_blocks`` is the index's bound; ``fleet`` adds what only the service tells."""
+        """``fleet`` adds what only the service tells."""
         self._index = index
         self._listeners = listeners
         self._planes = planes
         self._audits = audits
-        self._max_blocks = max_blocks
         self._fleet = fleet
         self._clock = clock
         self._walk_due = float("-inf")
@@ -362,23 +379,23 @@ class KvCollector:
         ranks = _by_rank(listeners)
         yield from _listener_families(ranks)
         yield from _source_families(sources, ranks)
-        self._walk(sources)
+        self._walk()
         yield from self._index_families()
         yield from _audit_families(self._audits())
         yield from _plane_families(self._planes())
         if self._fleet:
             yield from self._fleet_families(sources, listeners)
 
-    def _walk(self, sources: Iterable[Source]) -> None:
+    def _walk(self) -> None:
         """Ask for what costs a walk over all blocks, if it is time."""
         began = self._clock()
         if began < self._walk_due:
             return
         unique = held = 0
         if self._fleet:
-            # Read the copies last: growth in between must not make duplicates negative.
+            # The writer may come in between, and duplicates must not be negative.
             unique = self._index.unique_blocks()
-            held = max(unique, sum(sum(source.blocks().values()) for source in sources))
+            held = max(unique, self._index.held_blocks())
         self._walked = (self._index.memory_bytes(), unique, held)
         ended = self._clock()
         self._walk_due = ended + max(WALK_SECONDS, (ended - began) / WALK_SHARE)
@@ -386,7 +403,7 @@ class KvCollector:
     def _index_families(self) -> Iterator[Metric]:
         page = _Page(INDEX_FAMILIES)
         page.gauge("index_bytes", (), self._walked[0])
-        page.gauge("index_max_blocks", (), self._max_blocks)
+        page.gauge("index_max_blocks", (), self._index.max_blocks)
         stats = self._index.match_stats
         page.counts("match_requests_total", (), MATCH_OUTCOMES, stats.requests)
         page.histogram("match_seconds", (), [stats.seconds])
@@ -522,6 +539,7 @@ def _source_families(
         page.counts("events_total", key, EVENT_TYPES, events)
         page.counter("blocks_stored_total", key, stats.stored_blocks)
         page.counter("blocks_removed_total", key, stats.removed_blocks)
+        page.counter("blocks_cleared_total", key, stats.cleared_blocks)
         page.counter("blocks_duplicate_total", key, stats.duplicate_blocks)
         page.counter("blocks_unknown_removed_total", key, stats.unknown_removed_blocks)
         page.counter("blocks_refused_total", key, stats.refused_blocks)
@@ -554,6 +572,7 @@ def _plane_families(planes: Iterable[PlaneStats]) -> Iterator[Metric]:
         page.counts("plane_dropped_batches_total", key, PLANE_DROP_REASONS, stats.dropped)
         page.counter("plane_replays_served_total", key, stats.replays_served)
         page.counter("plane_snapshots_served_total", key, stats.snapshots_served)
+        page.counter("plane_requests_refused_total", key, stats.requests_refused)
         page.counter("plane_reconnects_total", key, stats.reconnects)
     yield from page
 
