@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.stats": set(),
     "kv.events": {"kv.stats"},
     "kv.index": {"kv.events", "kv.stats"},
+    "kv.consolidator": {"kv.events"},
     "kv.transport": {"kv.stats"},
     "kv.publisher": {"kv.stats", "kv.transport"},
     "kv.metrics": {"kv.index", "kv.stats"},
