@@ -148,11 +148,10 @@ class _StoredWithTokens(BlockStored, tag="BlockStored", rename={"token_ids": "to
     token_ids: Any = None
 
 
-class _SignedStored(
-    BlockStored,
-    tag="BlockStored",
-    rename={"hashes": "block_hashes", "parent": "parent_block_hash"},
-):
+_SIGNED = {"hashes": "block_hashes", "parent": "parent_block_hash"}
+
+
+class _SignedStored(BlockStored, tag="BlockStored", rename=_SIGNED):
     hashes: list[_SignedHash]
     parent: _SignedHash | None = None
 
@@ -161,7 +160,7 @@ class _SignedStoredWithTokens(_SignedStored, tag="BlockStored", rename={"token_i
     token_ids: Any = None
 
 
-class _SignedRemoved(BlockRemoved, tag="BlockRemoved", rename={"hashes": "block_hashes"}):
+class _SignedRemoved(BlockRemoved, tag="BlockRemoved", rename=_SIGNED):
     hashes: list[_SignedHash]
 
 
@@ -221,26 +220,20 @@ class Decoder:
 
     def __init__(self, *, token_ids: bool = False) -> None:
         self._token_ids = token_ids
-        unsigned: tuple[Any, Callable[[Any], Batch]]
-        unsigned = (msgspec.msgpack.Decoder(Batch), _normalise)
-        signed: Any = _SignedStored
-        if token_ids:
-            signed = _SignedStoredWithTokens
-            unsigned = (
-                _typed_decoder(_StoredWithTokens | BlockRemoved | AllBlocksCleared),
-                _finish,
-            )
-        self._typed = (
-            unsigned,
-            (_typed_decoder(signed | _SignedRemoved | AllBlocksCleared), _finish_signed),
-            (
-                _typed_decoder(_PositionalStored | _PositionalRemoved | _PositionalCleared),
-                self._finish_positional,
-            ),
+        stored: Any = _StoredWithTokens if token_ids else BlockStored
+        signed: Any = _SignedStoredWithTokens if token_ids else _SignedStored
+        encodings = (
+            stored | BlockRemoved | AllBlocksCleared,
+            signed | _SignedRemoved | AllBlocksCleared,
+            _PositionalStored | _PositionalRemoved | _PositionalCleared,
         )
-        self._raw = _typed_decoder(Raw)
-        self._generic = msgspec.msgpack.Decoder(Any)
-        self._decode, self._finish = unsigned[0].decode, unsigned[1]
+        envelope: Any = _Envelope
+        self._events = [_decode(events) for events in encodings]
+        self._batches = [_decode(envelope[events]) for events in encodings]
+        if not token_ids:
+            self._batches[0] = _decode(Batch)
+        self._raw, self._any = _decode(envelope[Raw]), _decode(Any)
+        self._decode = self._batches[0]
 
     def decode(self, payload: bytes | memoryview) -> Batch:
         """Return the batch that ``payload`` holds, without the events that are broken.
@@ -253,31 +246,47 @@ class Decoder:
         try:
             batch = self._decode(payload)
         except _ERRORS:
-            return self._decode_otherwise(payload)
-        return self._finish(batch)
+            batch = self._decode_otherwise(payload)
+        if type(batch) is not Batch:
+            return self._today(batch)
+        for event in batch.events:  # what the wire leaves out, or spells otherwise
+            medium = event.medium
+            if isinstance(event, BlockStored):
+                if event.lora_id is not None and event.adapter is None:
+                    event.adapter = str(event.lora_id)
+            elif isinstance(event, AllBlocksCleared):
+                event.medium = medium and _medium(medium)
+                continue
+            event.medium = "gpu" if medium == "GPU" else _medium(medium)
+            if event.group is None:
+                event.group = 0
+        return batch
 
-    def _decode_otherwise(self, payload: bytes | memoryview) -> Batch:
-        """Try the other encodings as a whole, then event by event."""
-        for decoder, finish in self._typed:
+    def _decode_otherwise(self, payload: bytes | memoryview) -> Any:
+        """Try the other encodings as a whole, then event by event.
+
+        Raises:
+            WireError: It is no batch.
+        """
+        for decode in self._batches:
             try:
-                batch = decoder.decode(payload)
+                batch = decode(payload)
             except _ERRORS:
                 continue
-            self._decode, self._finish = decoder.decode, finish
-            return finish(batch)
+            self._decode = decode
+            return batch
         try:
-            envelope = self._raw.decode(payload)
+            envelope = self._raw(payload)
         except msgspec.ValidationError:
             raise WireError("batch") from None
         except _ERRORS:
             raise WireError("msgpack") from None
-        rank = envelope.rank if type(envelope.rank) is int else None
-        batch = _PartialBatch(envelope.timestamp, [], rank)
+        batch = _PartialBatch(envelope.timestamp, [], _rank(envelope.rank))
         for raw in envelope.events:
             try:
                 event = self._event(raw)
-            except _EventError as rejected:
-                batch.reasons.append(rejected.reason)
+            except _EventError as error:
+                batch.reasons.append(error.reason)
                 continue
             if event is None:
                 batch.unknown_events += 1
@@ -285,14 +294,60 @@ class Decoder:
                 batch.events.append(event)
         return batch
 
+    def _today(self, wire: Any) -> Batch:
+        """Return a batch of today's records; a partial one has them."""
+        if type(wire) is _PartialBatch:
+            return wire
+        return Batch(
+            wire.timestamp, [self._record(event) for event in wire.events], _rank(wire.rank)
+        )
+
+    def _record(self, event: Any) -> Event:
+        """Return the record of an event, whatever its encoding."""
+        kind, medium = type(event), event.medium
+        if kind is AllBlocksCleared or kind is _PositionalCleared:
+            return AllBlocksCleared(medium=medium and _medium(medium))
+        hashes = [value & HASH_MASK if type(value) is int else value for value in event.hashes]
+        medium, group = _medium(medium), event.group or 0
+        if kind is _PositionalRemoved or isinstance(event, BlockRemoved):
+            return BlockRemoved(
+                hashes=hashes,
+                medium=medium,
+                group=group,
+                locality=event.locality,
+                ownership=event.ownership,
+            )
+        adapter, lora_id, parent = event.adapter, event.lora_id, event.parent
+        token_ids = event.token_ids if self._token_ids else None
+        return BlockStored(
+            hashes=hashes,
+            parent=parent & HASH_MASK if type(parent) is int else parent,
+            block_size=event.block_size,
+            medium=medium,
+            adapter=str(lora_id) if adapter is None and lora_id is not None else adapter,
+            group=group,
+            extra_keys=event.extra_keys,
+            kind=event.kind,
+            locality=event.locality,
+            sliding_window=event.sliding_window,
+            ownership=event.ownership,
+            lora_id=lora_id,
+            token_ids=self._any(token_ids) if type(token_ids) is Raw else token_ids,
+        )
+
     def _event(self, raw: Raw) -> Event | None:
         """Return one event, whatever its encoding; None when its type is unknown.
 
         Raises:
             _EventError: It can't be understood.
         """
+        for decode in self._events:
+            try:
+                return self._record(decode(raw))
+            except _ERRORS:
+                continue
         try:
-            wire: Any = self._generic.decode(raw)
+            wire: Any = self._any(raw)
         except _ERRORS:
             raise _EventError("event") from None
         if isinstance(wire, list) and wire:
@@ -337,51 +392,6 @@ class Decoder:
             token_ids=wire.get("token_ids") if self._token_ids else None,
         )
 
-    def _finish_positional(self, wire: _Envelope[Any]) -> Batch:
-        """Give positional events the shape of today's."""
-        events: list[Event] = []
-        for event in wire.events:
-            medium = event.medium
-            if type(event) is _PositionalCleared:
-                events.append(AllBlocksCleared(medium=medium and _medium(medium)))
-                continue
-            medium = _MEDIA.get(medium) or _medium(medium)
-            hashes, group = _unsigned(event.hashes), event.group or 0
-            if type(event) is _PositionalRemoved:
-                events.append(
-                    BlockRemoved(
-                        hashes=hashes,
-                        medium=medium,
-                        group=group,
-                        locality=event.locality,
-                        ownership=event.ownership,
-                    )
-                )
-                continue
-            adapter, lora_id, parent = event.adapter, event.lora_id, event.parent
-            if adapter is None and lora_id is not None:
-                adapter = str(lora_id)
-            if type(parent) is int:
-                parent &= HASH_MASK
-            events.append(
-                BlockStored(
-                    hashes=hashes,
-                    parent=parent,
-                    block_size=event.block_size,
-                    medium=medium,
-                    adapter=adapter,
-                    group=group,
-                    extra_keys=event.extra_keys,
-                    kind=event.kind,
-                    locality=event.locality,
-                    sliding_window=event.sliding_window,
-                    ownership=event.ownership,
-                    lora_id=lora_id,
-                    token_ids=self._generic.decode(event.token_ids) if self._token_ids else None,
-                )
-            )
-        return Batch(wire.timestamp, events, wire.rank)
-
 
 _POSITIONS = {
     "BlockStored": (
@@ -394,45 +404,16 @@ _POSITIONS = {
 }  # fmt: skip
 
 
-def _typed_decoder(event: Any) -> Any:
-    return msgspec.msgpack.Decoder(_Envelope[event])
+def _decode(kind: Any) -> Callable[[bytes | memoryview], Any]:
+    return msgspec.msgpack.Decoder(kind).decode
+
+
+def _rank(value: object) -> int | None:
+    return value if type(value) is int else None
 
 
 def _medium(name: str | None) -> str:
     return _MEDIA.get(name) or str(name).lower()
-
-
-def _normalise(batch: Batch) -> Batch:
-    """Put in what the wire leaves out or spells otherwise."""
-    for event in batch.events:
-        if isinstance(event, AllBlocksCleared):
-            event.medium = event.medium and _medium(event.medium)
-            continue
-        event.medium = _MEDIA.get(event.medium) or _medium(event.medium)
-        if event.group is None:
-            event.group = 0
-        if isinstance(event, BlockStored) and event.lora_id is not None and event.adapter is None:
-            event.adapter = str(event.lora_id)
-    return batch
-
-
-def _finish(wire: _Envelope[Any]) -> Batch:
-    rank = wire.rank if type(wire.rank) is int else None
-    return _normalise(Batch(wire.timestamp, wire.events, rank))
-
-
-def _finish_signed(wire: _Envelope[Any]) -> Batch:
-    for event in wire.events:
-        if type(event) is AllBlocksCleared:
-            continue
-        event.hashes = _unsigned(event.hashes)
-        if isinstance(event, BlockStored) and type(event.parent) is int:
-            event.parent &= HASH_MASK
-    return _finish(wire)
-
-
-def _unsigned(hashes: list[Hash]) -> list[Hash]:
-    return [value & HASH_MASK if type(value) is int else value for value in hashes]
 
 
 def _hash(value: object) -> Hash:

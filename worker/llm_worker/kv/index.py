@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
@@ -17,7 +16,6 @@ from operator import is_not
 
 from llm_worker.kv.events import (
     HASH_MASK,
-    AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     Event,
@@ -28,7 +26,6 @@ from llm_worker.kv.stats import STALE_REASONS, MatchStats, SourceStats
 UNBOUNDED = 1 << 62
 MAX_LANES = 4096  # of one source: media times groups times adapters
 SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
-_ABSENT = object()
 
 # Why the block after the last one that is held is a miss. Closed set.
 MISS_REASONS = (
@@ -104,7 +101,7 @@ class Source:
         # What a removal can mean: it says medium and group, not the adapter.
         self._removable: dict[tuple[str, int], list[Lane]] = {}
 
-    def apply(self, events: Sequence[Event]) -> None:  # noqa: PLR0912  # the hot path: no calls
+    def apply(self, events: Sequence[Event]) -> None:
         """Bring the source up to date with events of its publisher, in their order."""
         lanes, stats, index = self._lanes, self.stats, self._index
         room = index.room_blocks
@@ -119,39 +116,37 @@ class Source:
                     if lane is None:
                         stats.refused_blocks += count
                         continue
-                parents = lane.parents
-                if (
-                    count > room
-                    or event.block_size != lane.block_size
-                    or not parents.keys().isdisjoint(hashes)
-                ):
+                if event.block_size != lane.block_size or count > room:
                     room -= self._store_each(lane, event, room)
                     continue
+                parents, parent = lane.parents, event.parent
                 before = len(parents)
-                parents.update(zip(hashes, (event.parent, *hashes), strict=False))
+                for value in hashes:  # faster than any one call of dict: measured
+                    parents[value] = parent
+                    parent = value
                 new = len(parents) - before
-                if new != count:
-                    stats.duplicate_blocks += count - new
-                    for value, copies in Counter(hashes).items():
-                        if copies > 1:
-                            lane.copies[value] = copies - 1
                 stats.stored_blocks += new
                 room -= new
+                if new != count:
+                    self._count_copies(lane, hashes, new)
             elif isinstance(event, BlockRemoved):
+                hashes = event.hashes
+                count = len(hashes)
                 stats.removed_events += 1
                 candidates = self._removable.get((event.medium, event.group), ())
-                if len(candidates) == 1 and not candidates[0].copies and not candidates[0].sizes:
-                    pop = candidates[0].parents.pop
-                    removed = 0
-                    for value in event.hashes:
-                        if pop(value, _ABSENT) is not _ABSENT:
-                            removed += 1
-                    stats.removed_blocks += removed
-                    stats.unknown_removed_blocks += len(event.hashes) - removed
-                else:
-                    removed = self._remove_each(candidates, event.hashes)
-                room += removed
-            elif isinstance(event, AllBlocksCleared):
+                if len(candidates) != 1 or (lane := candidates[0]).copies or lane.sizes:
+                    room += self._remove_each(candidates, hashes)
+                    continue
+                parents = lane.parents
+                before = len(parents)
+                for value in hashes:
+                    parents.pop(value, None)
+                gone = before - len(parents)
+                stats.removed_blocks += gone
+                room += gone
+                if gone != count:
+                    stats.unknown_removed_blocks += count - gone
+            else:
                 stats.cleared_events += 1
                 index.room_blocks = room
                 self.clear(event.medium)
@@ -269,6 +264,16 @@ class Source:
         self._lanes[event.medium, event.group, event.adapter] = lane
         self._removable.setdefault((event.medium, event.group), []).append(lane)
         return lane
+
+    def _count_copies(self, lane: Lane, hashes: Sequence[Hash], new: int) -> None:
+        """Note which of ``hashes``, just stored, were held before; ``new`` were not."""
+        fresh = set(islice(reversed(lane.parents), new))  # a dict keeps the order of insertion
+        for value in hashes:
+            if value in fresh:
+                fresh.remove(value)
+            else:
+                lane.copies[value] = lane.copies.get(value, 0) + 1
+                self.stats.duplicate_blocks += 1
 
     def _store_each(self, lane: Lane, event: BlockStored, room: int) -> int:
         """Store block by block: some are held, or of another size, or do not fit.
