@@ -28,6 +28,7 @@ STALE_REASONS = (
     "duplicate_worker",  # two publishers claim to be this worker
     "disconnected",  # no publisher at the other end
     "audit",  # the auditor found drift
+    "upstream",  # the plane says that the worker's own index cannot be trusted
 )
 UNDECODABLE_REASONS = (
     "frames",  # not [topic, 8-byte sequence, payload]
@@ -87,6 +88,8 @@ class ListenerStats:
     sequence: int | None = None  # the last one applied
     last_batch_timestamp_seconds: float | None = None  # the engine's clock
     lag: Histogram = field(default_factory=lambda: Histogram(LAG_SECONDS_BUCKETS))
+    odd_block_sizes: int = 0  # bursts whose blocks had another size than the engine's
+    crashes: int = 0  # batches or sockets that broke the listener, which went on
 
 
 @dataclass(slots=True)

@@ -1,0 +1,505 @@
+"""The receiving side of the NATS plane: JetStream streams of many workers into one index.
+
+Finds the workers' streams, takes a snapshot from each worker, and reads on from there. It keeps its
+own place in each stream, so after an outage, of the server or of itself, it goes on where it was;
+the planes' sequence numbers prove that nothing is missing, and what is missing is healed by another
+snapshot, or marked. The accounting is `stream.Stream`'s, as for ZMQ.
+
+Runs an asyncio loop in a thread of its own. The index is written on the pipeline's thread only:
+every touch of a `Stream` goes through ``call``, which is also what holds back a fast server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+from llm_worker.kv import nats_plane, topics
+from llm_worker.kv.index import Index
+from llm_worker.kv.stats import ListenerStats
+from llm_worker.kv.stream import Ask, Stream
+
+logger = logging.getLogger(__name__)
+
+DISCOVER_SECONDS = 2.0
+STATUS_SECONDS = 2.0
+_FETCH_MESSAGES = 512
+_FETCH_SECONDS = 0.5
+_REQUEST_SECONDS = 2.0
+_SNAPSHOT_SECONDS = 30.0  # without a piece of it
+_LATE_SECONDS = 1.0  # for what was stored out of order
+_SILENCE_SECONDS = 5.0  # of a consumer, before the server is asked whether it has it
+_SNAPSHOT_PAUSE_SECONDS = 5.0
+_TROUBLE = (nats.errors.Error, OSError, TimeoutError)
+
+
+class _Piece(NamedTuple):
+    """One message of an answer."""
+
+    worker: str
+    rank: int
+    sequence: int
+    position: int
+    instance: str
+    payload: bytes
+
+
+class _LostPlaceError(Exception):
+    """The server has no such consumer any more. Handled by `_Follower`: make another one."""
+
+
+class NatsSource:
+    """Every worker on one NATS server, as sources of an index."""
+
+    def __init__(self, url: str, *, index: Index, call: topics.AtRest) -> None:
+        """Prepare; `start` connects.
+
+        ``call`` runs a callable on the thread that writes the index and waits for it.
+        """
+        self.url = url
+        self.index = index
+        self.call = call
+        self.connected = False
+        self.last_seen: dict[str, float] = {}  # worker -> monotonic
+        self.instances: dict[str, set[str]] = {}  # worker -> who answered for it last
+        self._followers: dict[str, _Follower] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._complaint = ""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="kv-nats-source", daemon=True)
+
+    def start(self) -> None:
+        """Connect, and go on trying as long as it takes."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Disconnect and end the thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._cancel)
+            self._thread.join(timeout=5)
+
+    def listeners(self) -> list[ListenerStats]:
+        """The accounts of all streams."""
+        return [
+            stream.stats
+            for follower in list(self._followers.values())
+            for stream in list(follower.streams.values())
+        ]
+
+    def forget(self, worker: str) -> None:
+        """Follow this worker no more, until it answers again. Any thread."""
+        self._loop.call_soon_threadsafe(self._forget, worker)
+
+    def complain(self, what: str, error: BaseException) -> None:
+        """Log each new kind of trouble once."""
+        complaint = f"{what}: {type(error).__name__}: {error}"
+        if complaint != self._complaint:
+            self._complaint = complaint
+            logger.warning("reading KV events from NATS: %s", complaint)
+
+    def _cancel(self) -> None:
+        self._main.cancel()
+
+    def _forget(self, worker: str) -> None:
+        self._followers.pop(worker, None)
+        self.last_seen.pop(worker, None)
+        self.instances.pop(worker, None)
+        task = self._tasks.pop(worker, None)
+        if task is not None:
+            task.cancel()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._main = self._loop.create_task(self._live(), name="kv-nats-source")
+        try:
+            self._loop.run_until_complete(self._main)
+        except asyncio.CancelledError:
+            pass
+        except Exception:
+            logger.exception("reading KV events from NATS ended")
+        finally:
+            self.connected = False
+
+    async def _live(self) -> None:
+        client = Client()
+        try:
+            await self._connect(client)
+            while True:
+                try:
+                    await self._discover(client)
+                except _TROUBLE as error:
+                    self.complain("looking for streams", error)
+                await asyncio.sleep(DISCOVER_SECONDS)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await nats_plane.quietly(client.close())
+
+    async def _connect(self, client: Client) -> None:
+        async def lost() -> None:
+            self.connected = False
+            for follower in self._followers.values():
+                await follower.disconnected()
+
+        async def back() -> None:
+            self.connected = True
+            for follower in self._followers.values():
+                follower.reconnected()
+
+        async def failed(error: Exception) -> None:
+            self.complain("connection", error)
+
+        await nats_plane.connect(
+            client, self.url, "llm-worker-kv-source", failed=failed, lost=lost, back=back
+        )
+        self.connected = True
+
+    async def _discover(self, client: Client) -> None:
+        """Follow workers that have a stream and answer."""
+        if not client.is_connected:
+            return
+        stream = client.jetstream(timeout=_REQUEST_SECONDS)
+        offset = 0
+        while page := await stream.streams_info(offset):
+            offset += len(page)
+            for found in page:
+                name = found.config.name or ""
+                if not name.startswith(nats_plane.STREAM_PREFIX):
+                    continue
+                worker = (found.config.metadata or {}).get("worker") or topics.from_token(
+                    name.removeprefix(nats_plane.STREAM_PREFIX)
+                )
+                task = self._tasks.get(worker)
+                if task is None and await request(client, worker, b"status"):
+                    follower = self._followers[worker] = _Follower(self, client, worker)
+                    self._tasks[worker] = asyncio.create_task(follower.follow(), name=worker)
+                elif task is not None and task.done():
+                    error = None if task.cancelled() else task.exception()
+                    logger.error("following %s ended: %r", worker, error)
+                    self._forget(worker)
+            if len(page) < 256:  # the server's page
+                break
+
+
+async def request(
+    client: Client, worker: str, what: bytes, *, quiet_seconds: float = _REQUEST_SECONDS
+) -> list[_Piece] | None:
+    """All pieces of the answer to ``snapshot`` or ``status``; None: nobody answers to the end.
+
+    Of a snapshot only the pieces of the first who answers: two that share a name both do.
+    """
+    inbox = client.new_inbox()
+    subscription = await client.subscribe(inbox)
+    pieces: list[_Piece] = []
+    ended = False
+    try:
+        await client.publish(nats_plane.request_subject(worker), what, reply=inbox)
+        while True:
+            try:
+                message = await subscription.next_msg(0.1 if ended else quiet_seconds)
+            except nats.errors.TimeoutError:
+                return pieces if ended else None
+            headers = message.headers or {}
+            if headers.get("Status"):  # no responders
+                return None
+            instance = headers.get(nats_plane.INSTANCE_HEADER, "")
+            if what == b"snapshot" and pieces and instance != pieces[0].instance:
+                continue
+            if nats_plane.END_HEADER in headers:
+                if what == b"snapshot":
+                    return pieces
+                ended = True  # of one; another may follow
+                continue
+            name = topics.parse_topic(headers.get(nats_plane.TOPIC_HEADER, "").encode())
+            if name is not None:
+                pieces.append(
+                    _Piece(
+                        *name,
+                        int(headers.get(nats_plane.SEQUENCE_HEADER, "0")),
+                        int(headers.get(nats_plane.POSITION_HEADER, "0")),
+                        instance,
+                        message.data,
+                    )
+                )
+    finally:
+        await subscription.unsubscribe()
+
+
+class _Follower:
+    """One worker's stream, read in order."""
+
+    def __init__(self, owner: NatsSource, client: Client, worker: str) -> None:
+        self.streams: dict[int, Stream] = {}
+        self._owner = owner
+        self._client = client
+        self._worker = worker
+        self._place = 0  # of the last message read
+        self._gone = False  # the worker does not answer
+        self._consumer_lost = False
+        self._checked = 0.0
+        self._snapshot_after = 0.0
+        self._waiting: dict[int, tuple[Ask, float]] = {}  # rank -> asked for what is late, when
+
+    async def follow(self) -> None:
+        """Read for ever."""
+        stream = self._client.jetstream(timeout=_REQUEST_SECONDS)
+        synchronised = False
+        while True:
+            try:
+                if not synchronised:
+                    if not await self._take_snapshot():
+                        await self._from_the_beginning(stream)
+                    synchronised = True
+                await self._read(stream)
+            except (_LostPlaceError, *_TROUBLE) as error:
+                if not isinstance(error, _LostPlaceError):
+                    self._owner.complain(f"worker {self._worker}", error)
+                await asyncio.sleep(0.2)
+
+    async def disconnected(self) -> None:
+        """The server is gone; what the worker does meanwhile is not known."""
+        await self._mark("disconnected")
+        for stream in self.streams.values():
+            stream.stats.connected = False
+
+    def reconnected(self) -> None:
+        """The server is back, perhaps without our consumer."""
+        self._consumer_lost = True
+        self._checked = 0.0
+        for stream in self.streams.values():
+            stream.stats.reconnects += 1
+
+    async def _call(self, ask: Callable[[], None]) -> None:
+        await asyncio.to_thread(self._owner.call, ask)
+
+    async def _mark(self, reason: str) -> None:
+        def mark() -> None:
+            for stream in self.streams.values():
+                stream.source.mark_stale(reason)
+
+        await self._call(mark)
+
+    def _stream(self, rank: int) -> Stream:
+        """On the index's thread: making one marks its source."""
+        stream = self.streams.get(rank)
+        if stream is None:
+            stats = ListenerStats(self._worker, rank)
+            source = self._owner.index.source(self._worker, rank)
+            stream = self.streams[rank] = Stream(source, stats, epochs=True)
+            stats.connected = True
+        return stream
+
+    # --- where to begin ---------------------------------------------------------------------------
+
+    async def _take_snapshot(self) -> bool:
+        """Have all ranks as the worker has them now; whether it told."""
+        pieces = await request(
+            self._client, self._worker, b"snapshot", quiet_seconds=_SNAPSHOT_SECONDS
+        )
+        if not pieces:
+            return False
+
+        def take() -> None:
+            for rank in dict.fromkeys(piece.rank for piece in pieces):
+                stream = self._stream(rank)
+                stream.check_stale()
+                if stream.ask is None or stream.ask.start is not None:
+                    continue  # true as it is, or waiting for something else
+                for piece in pieces:
+                    if piece.rank == rank:
+                        stream.replayed(piece.sequence, piece.payload)
+                stream.replay_ended()
+
+        await self._call(take)
+        if not self._place:
+            self._place = pieces[0].position
+        return True
+
+    async def _from_the_beginning(self, stream: JetStreamContext) -> None:
+        """Have what the server still has: the stream from its first message on."""
+        state = (await stream.stream_info(nats_plane.stream_name(self._worker), ">")).state
+
+        def begin() -> None:
+            for name in state.subjects or {}:
+                self._stream(int(name.rpartition(".")[2])).connected()
+
+        await self._call(begin)
+        until = state.last_seq
+        self._place = 0
+        while self._place < until:
+            consumer = await self._consumer(stream)
+            while self._place < until:
+                messages = await self._fetch(consumer)
+                await self._feed(messages, replayed=True)
+
+        def end() -> None:
+            for each in self.streams.values():
+                each.replay_ended()
+
+        await self._call(end)
+
+    # --- reading on -------------------------------------------------------------------------------
+
+    async def _read(self, stream: JetStreamContext) -> None:
+        consumer = await self._consumer(stream)
+        heard = time.monotonic()
+        while True:
+            messages = await self._fetch(consumer)
+            now = time.monotonic()
+            if messages:
+                heard = now
+                await self._feed(messages)
+            elif now - heard > _SILENCE_SECONDS:
+                heard = now
+                await self._verify(stream)
+            await self._answer_asks(now)
+            if now - self._checked > STATUS_SECONDS:
+                self._checked = now
+                await self._check_status()
+
+    async def _consumer(self, stream: JetStreamContext) -> JetStreamContext.PullSubscription:
+        """A consumer of our own, right behind our place. The server forgets it by itself."""
+        name = nats_plane.stream_name(self._worker)
+        if (await stream.stream_info(name)).state.last_seq < self._place:
+            self._place = 0  # another stream than the one we knew; the sequences will tell
+        self._consumer_lost = False
+        return await stream.pull_subscribe(
+            nats_plane.subject(self._worker, "*"),
+            stream=name,
+            config=ConsumerConfig(
+                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=self._place + 1,
+                ack_policy=AckPolicy.NONE,
+                inactive_threshold=60.0,
+                mem_storage=True,
+                num_replicas=1,
+            ),
+        )
+
+    async def _fetch(self, consumer: JetStreamContext.PullSubscription) -> list[Msg]:
+        """Some messages, or none for a while.
+
+        Raises:
+            _LostPlaceError: the consumer is gone.
+        """
+        if self._consumer_lost:
+            raise _LostPlaceError
+        try:
+            return await consumer.fetch(_FETCH_MESSAGES, timeout=_FETCH_SECONDS)
+        except nats.errors.TimeoutError:
+            return []
+        except nats.js.errors.NotFoundError:
+            raise _LostPlaceError from None
+
+    async def _verify(self, stream: JetStreamContext) -> None:
+        """Whether the silence is the worker's and not a consumer's that is gone.
+
+        Raises:
+            _LostPlaceError: there is something to read.
+        """
+        state = (await stream.stream_info(nats_plane.stream_name(self._worker))).state
+        if state.last_seq != self._place and state.messages:
+            raise _LostPlaceError
+
+    async def _feed(self, messages: list[Msg], *, replayed: bool = False) -> None:
+        batches: dict[int, list[tuple[bytes, bytes]]] = {}
+        for message in messages:
+            self._place = max(self._place, message.metadata.sequence.stream)
+            sequence = (message.headers or {}).get("Nats-Msg-Id", "").rpartition("/")[2]
+            rank = message.subject.rpartition(".")[2]
+            if sequence.isdigit() and rank.isdigit():
+                frame = int(sequence).to_bytes(8, "big")
+                batches.setdefault(int(rank), []).append((frame, message.data))
+
+        def feed() -> None:
+            for rank, pairs in batches.items():
+                stream = self._stream(rank)
+                if not replayed:
+                    stream.live(pairs, time.time())
+                    continue
+                for frame, payload in pairs:
+                    stream.replayed(int.from_bytes(frame, "big"), payload)
+
+        if batches:
+            await self._call(feed)
+
+    async def _answer_asks(self, now: float) -> None:
+        """Something is missing: it comes late, or a snapshot has it, or it is lost."""
+        overdue: list[Stream] = []
+        for rank, stream in list(self.streams.items()):
+            ask = stream.ask
+            if ask is None:
+                self._waiting.pop(rank, None)
+                continue
+            known = self._waiting.setdefault(rank, (ask, now))
+            if now - known[1] >= _LATE_SECONDS:
+                del self._waiting[rank]
+                overdue.append(stream)
+
+        def give_up() -> None:
+            for stream in overdue:
+                while stream.ask is not None:
+                    stream.replay_failed("aged_out")
+
+        if overdue:
+            await self._call(give_up)
+        doubtful = any(
+            stream.source.stale - {"disconnected", "upstream", "duplicate_worker"}
+            for stream in self.streams.values()
+            if stream.ask is None
+        )
+        if doubtful and not self._gone and now >= self._snapshot_after:
+            self._snapshot_after = now + _SNAPSHOT_PAUSE_SECONDS
+            await self._take_snapshot()
+
+    async def _check_status(self) -> None:
+        """Whether the worker is there, one, and trusts its own index."""
+        owner = self._owner
+        answer = await request(self._client, self._worker, b"status")
+        statuses: dict[int, topics.Status] = {}
+        instances = set()
+        for piece in answer or ():
+            try:
+                status = topics.decode_status(piece.payload)
+            except msgspec.DecodeError as error:
+                owner.complain(f"status of {self._worker}", error)
+                continue
+            statuses[piece.rank] = status
+            instances.add(status.instance)
+        self._gone = answer is None
+        if answer is not None:
+            owner.last_seen[self._worker] = time.monotonic()
+            owner.instances[self._worker] = instances
+
+        def mark() -> None:
+            for rank in statuses:
+                self._stream(rank)
+            for rank, stream in self.streams.items():
+                stream.stats.connected = not self._gone
+                _set(stream, "disconnected", self._gone)
+                if answer is not None:
+                    _set(stream, "duplicate_worker", len(instances) > 1)
+                    told = statuses.get(rank)
+                    _set(stream, "upstream", told is None or bool(told.stale))
+
+        await self._call(mark)
+
+
+def _set(stream: Stream, reason: str, applies: bool) -> None:
+    if applies:
+        stream.source.mark_stale(reason)
+    elif reason in stream.source.stale:
+        stream.source.trust(reason)

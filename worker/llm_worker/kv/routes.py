@@ -1,0 +1,299 @@
+"""What can be asked about KV blocks over HTTP: of a worker and of the fleet service alike.
+
+Owns the shapes of the questions and answers, and their status codes. It only calls what it was
+handed; hashing prompts as the engine does is such a callable, because only the engine's own
+process can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from llm_worker.kv.events import MAX_HASH_BYTES, BlockStored, Hash
+from llm_worker.kv.index import Index, Source
+from llm_worker.kv.stats import ListenerStats, PlaneStats
+
+MAX_BODY_BYTES = 16 << 20
+MAX_HASHES = 1 << 20
+_DUMP_CHUNK_BYTES = 64 << 10
+_HASH_RANGE = range(-(1 << 63), 1 << 64)
+_JSON = "application/json"
+
+# prompt or token ids, adapter, cache salt → one hash per full block.
+# Raises ValueError where they cannot be a request of this engine.
+HashBlocks: TypeAlias = Callable[[str | Sequence[int], str | None, str | None], Sequence[Hash]]
+
+
+@dataclass(frozen=True, slots=True)
+class KvHandlers:
+    """What the routes call; every one may be called from the server's thread and its helpers."""
+
+    index: Index
+    listeners: Callable[[], Iterable[ListenerStats]]
+    planes: Callable[[], Iterable[PlaneStats]]
+    hash_blocks: HashBlocks | None = None
+    audit: Callable[[], Any] | None = None  # what it found, as JSON can say it; may block
+    more_status: Callable[[], dict[str, Any]] | None = None  # beside sources and planes
+
+
+class _Question(msgspec.Struct, forbid_unknown_fields=True):
+    hashes: list[int | str] | None = None
+    token_ids: list[int] | None = None
+    prompt: str | None = None
+    adapter: str | None = None
+    cache_salt: str | None = None
+    group: int = 0
+    misses: bool = False  # also who holds nothing, and why
+
+
+_question = msgspec.json.Decoder(_Question)
+_encode = msgspec.json.Encoder().encode
+
+
+class _RefusedError(Exception):
+    """A request gets a status and a sentence. Handled by the route."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def reading(handlers: KvHandlers) -> APIRouter:
+    """``/kv/status``, ``/kv/match`` and ``/kv/dump``: none of them changes anything."""
+    router = APIRouter(prefix="/kv")
+
+    @router.get("/status")
+    async def status() -> Response:
+        return Response(_encode(_status(handlers)), media_type=_JSON)
+
+    @router.post("/match")
+    async def match(request: Request) -> Response:
+        try:
+            question = await _read(request)
+            hashes = await _hashes(handlers, question)
+        except _RefusedError as error:
+            handlers.index.match_stats.requests["invalid"] += 1
+            return Response(_encode({"error": str(error)}), error.status, media_type=_JSON)
+        found = handlers.index.match(
+            hashes, adapter=question.adapter, group=question.group, misses=question.misses
+        )
+        return Response(_encode({"blocks": len(hashes), "matches": found}), media_type=_JSON)
+
+    @router.get("/dump")
+    async def dump(worker: str | None = None, rank: int | None = None) -> Response:
+        sources = [
+            source
+            for source in handlers.index.sources()
+            if worker in (None, source.worker) and rank in (None, source.rank)
+        ]
+        return StreamingResponse(_dump(sources), media_type="application/x-ndjson")
+
+    return router
+
+
+def writing(handlers: KvHandlers) -> APIRouter:
+    """``/kv/audit``, which makes the engine tell all its blocks: for who may change the worker."""
+    router = APIRouter(prefix="/kv")
+
+    @router.post("/audit")
+    async def audit() -> Response:
+        if handlers.audit is None:
+            body = {
+                "error": "there is no engine here to compare with: ask a worker's own /kv/audit"
+            }
+            return Response(_encode(body), 501, media_type=_JSON)
+        found = await asyncio.to_thread(handlers.audit)
+        return Response(_encode(found), media_type=_JSON)
+
+    return router
+
+
+async def _read(request: Request) -> _Question:
+    """The question of a match.
+
+    Raises:
+        _RefusedError: it is too large or none.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise _RefusedError(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
+    try:
+        question = _question.decode(body)
+    except msgspec.DecodeError as error:
+        raise _RefusedError(400, str(error)) from None
+    given = [
+        name for name in ("hashes", "token_ids", "prompt") if getattr(question, name) is not None
+    ]
+    if len(given) != 1:
+        found = f"found {' and '.join(given)}" if given else "found none"
+        raise _RefusedError(400, f"give one of `hashes`, `token_ids` or `prompt`: {found}")
+    return question
+
+
+async def _hashes(handlers: KvHandlers, question: _Question) -> Sequence[Hash]:
+    """What the question is about.
+
+    Raises:
+        _RefusedError: it has no such hashes.
+    """
+    if question.hashes is not None:
+        return _parsed(question.hashes)
+    asked = question.prompt if question.token_ids is None else question.token_ids
+    if handlers.hash_blocks is None or asked is None:
+        raise _RefusedError(
+            501,
+            "only an engine can hash tokens as it does itself: send `hashes`, or ask /kv/match of "
+            "a worker that serves this model",
+        )
+    try:
+        return await asyncio.to_thread(
+            handlers.hash_blocks, asked, question.adapter, question.cache_salt
+        )
+    except ValueError as error:
+        raise _RefusedError(400, str(error)) from None
+
+
+def _parsed(given: list[int | str]) -> Sequence[Hash]:
+    """Hashes as the index knows them: integers as they are, bytes from hexadecimal digits.
+
+    Raises:
+        _RefusedError: one is neither.
+    """
+    if len(given) > MAX_HASHES:
+        raise _RefusedError(400, f"`hashes` has {len(given)} entries; {MAX_HASHES} are allowed")
+    hashes: list[Hash] = []
+    add = hashes.append
+    for value in given:
+        if type(value) is int and value in _HASH_RANGE:
+            add(value)
+            continue
+        try:
+            decoded = bytes.fromhex(value) if isinstance(value, str) else b""
+        except ValueError:
+            decoded = b""
+        if not 0 < len(decoded) <= MAX_HASH_BYTES:
+            raise _RefusedError(
+                400,
+                f"`hashes[{len(hashes)}]` is {value!r:.80}: write a 64-bit integer, or the hash's "
+                f"bytes (at most {MAX_HASH_BYTES}) as hexadecimal digits",
+            )
+        add(decoded)
+    return hashes
+
+
+def _status(handlers: KvHandlers) -> dict[str, Any]:
+    now = time.time()
+    streams = {(stats.worker, stats.rank): stats for stats in handlers.listeners()}
+    sources = []
+    for source in handlers.index.sources():
+        entry: dict[str, Any] = {
+            "worker": source.worker,
+            "rank": source.rank,
+            "ok": not source.stale,
+            "stale": sorted(source.stale),
+            "blocks": source.blocks(),
+        }
+        stream = streams.get((source.worker, source.rank))
+        if stream is not None:
+            entry |= _stream(stream, now)
+        sources.append(entry)
+    body: dict[str, Any] = {
+        "ok": bool(sources) and all(source["ok"] for source in sources),
+        "held_blocks": handlers.index.held_blocks(),
+        "max_blocks": handlers.index.max_blocks,
+        "sources": sources,
+        "planes": [_plane(stats) for stats in handlers.planes()],
+    }
+    if handlers.more_status is not None:
+        body |= handlers.more_status()
+    return body
+
+
+def _stream(stats: ListenerStats, now: float) -> dict[str, Any]:
+    last = stats.last_batch_timestamp_seconds
+    seen = sum(stats.lag.counts)
+    return {
+        "connected": stats.connected,
+        "reconnects": stats.reconnects,
+        "sequence": stats.sequence,
+        "seconds_since_last_batch": None if last is None else round(max(0.0, now - last), 3),
+        "mean_lag_seconds": round(stats.lag.total / seen, 6) if seen else None,
+        "batches": {
+            "applied": stats.batches_applied,
+            "duplicate": stats.batches_duplicate,
+            "late": stats.batches_late,
+            "replayed": stats.batches_replayed,
+            "lost": stats.batches_lost,
+            "dropped": stats.batches_dropped,
+            "held_back": stats.queue_batches,
+        },
+        "gaps": dict(stats.gaps),
+        "replays": dict(stats.replays),
+        "undecodable": dict(stats.undecodable),
+        "unknown_events": stats.unknown_events,
+    }
+
+
+def _plane(stats: PlaneStats) -> dict[str, Any]:
+    return {
+        "plane": stats.plane,
+        "up": stats.up,
+        "sequence": stats.sequence,
+        "published_batches": stats.published_batches,
+        "acknowledged_batches": stats.acknowledged_batches,
+        "buffered_batches": stats.buffered_batches,
+        "buffer_capacity_batches": stats.buffer_capacity_batches,
+        "dropped_batches": dict(stats.dropped),
+        "replays_served": stats.replays_served,
+        "snapshots_served": stats.snapshots_served,
+        "reconnects": stats.reconnects,
+    }
+
+
+def _dump(sources: Sequence[Source]) -> Iterator[bytes]:
+    """Lines of JSON, some at a time: for each source a line about it, then its blocks."""
+    chunk = bytearray()
+    for source in sources:
+        about = {
+            "type": "Source",
+            "worker": source.worker,
+            "rank": source.rank,
+            "stale": sorted(source.stale),
+            "blocks": source.blocks(),
+        }
+        chunk += _encode(about) + b"\n"
+        for event in source.snapshot():
+            chunk += _encode(_line(source, event)) + b"\n"
+            if len(chunk) >= _DUMP_CHUNK_BYTES:
+                yield bytes(chunk)
+                chunk.clear()
+    if chunk:
+        yield bytes(chunk)
+
+
+def _line(source: Source, event: BlockStored) -> dict[str, Any]:
+    return {
+        "type": "BlockStored",
+        "worker": source.worker,
+        "rank": source.rank,
+        "medium": event.medium,
+        "group": event.group,
+        "adapter": event.adapter,
+        "block_size": event.block_size,
+        "parent": _shown(event.parent),
+        "hashes": [_shown(value) for value in event.hashes],
+    }
+
+
+def _shown(value: Hash | None) -> int | str | None:
+    return value.hex() if isinstance(value, bytes) else value
