@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from llm_worker import metrics as worker_metrics
+from llm_worker.kv import metrics as kv_metrics
+from llm_worker.kv import stats as kv_stats
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "prometheus"
@@ -154,14 +156,19 @@ def worker_samples() -> dict[str, set[str]]:
         "histogram": ("_bucket", "_sum", "_count"),
         "gauge": ("",),
     }
-    found: dict[str, set[str]] = {}
+    families: list[tuple[str, str, Iterable[str]]] = [
+        (kv_metrics.PREFIX + family.name.removesuffix("_total"), family.type, family.labels)
+        for family in kv_metrics.FAMILIES
+    ]
     for collector in vars(declared).values():
         if not hasattr(collector, "_labelnames"):
             continue
         described: Metric = next(iter(collector.describe()))
-        for suffix in suffixes[described.type]:
-            labels = set(collector._labelnames) | ({"le"} if suffix == "_bucket" else set())
-            found[described.name + suffix] = labels
+        families.append((described.name, described.type, collector._labelnames))
+    found: dict[str, set[str]] = {}
+    for name, type_, labels in families:
+        for suffix in suffixes[type_]:
+            found[name + suffix] = set(labels) | ({"le"} if suffix == "_bucket" else set())
     assert "llm_worker_requests_ended_total" in found
     return found
 
@@ -194,6 +201,12 @@ def test_every_matcher_in_a_rule_can_match(rule: Rule) -> None:
             "finished_reason": {"stop", "length", "abort", "error", "repetition"}
         },
         "vllm:engine_sleep_state": {"sleep_state": {"awake", "weights_offloaded", "discard_all"}},
+        "vllm:prompt_tokens_by_source_total": {
+            "source": {"local_compute", "local_cache_hit", "external_kv_transfer"}
+        },
+        "llm_worker_kv_batches_total": {"outcome": set(kv_metrics.BATCH_OUTCOMES)},
+        "llm_worker_kv_source_stale": {"reason": set(kv_stats.STALE_REASONS)},
+        "llm_worker_kv_fleet_workers": {"health": set(kv_metrics.WORKER_HEALTH)},
     }
     labels = {**vllm_samples(), **worker_samples()}
     for selector in selectors(rule.expr):
@@ -204,6 +217,19 @@ def test_every_matcher_in_a_rule_can_match(rule: Rule) -> None:
             allowed = closed.get(selector.metric, {}).get(label)
             if allowed is not None and operator in {"=", "=~"}:
                 assert set(value.split("|")) <= allowed
+
+
+def test_a_share_over_a_bound_asks_for_a_bound_that_the_histogram_has() -> None:
+    """`le="2.0"` of a histogram without that bucket is empty, and its alert silent for ever."""
+    bounds = {"llm_worker_kv_lag_seconds": kv_stats.LAG_SECONDS_BUCKETS}
+    asked = [
+        match.groups()
+        for rule in (*ALERTS, *RECORDS)
+        for match in re.finditer(r'([\w:]+)_bucket\{[^}]*le="([^"]+)"', rule.expr)
+    ]
+    assert asked
+    for histogram, bound in asked:
+        assert bound in {str(float(known)) for known in bounds[histogram]}, histogram
 
 
 @pytest.mark.parametrize("rule", [*ALERTS, *RECORDS], ids=str)
