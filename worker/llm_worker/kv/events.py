@@ -355,38 +355,38 @@ class Decoder:
             wire = dict(zip(names or ("type",), wire, strict=False))
         if not isinstance(wire, dict) or not isinstance(kind := wire.get("type"), str):
             raise _EventError("event")
-        medium = wire.get("medium")
-        medium = medium if isinstance(medium, str) else None
+        medium = _known(wire, "medium", str)
         if kind == "AllBlocksCleared":
             return AllBlocksCleared(medium=medium and _medium(medium))
         if kind not in _POSITIONS:
             return None
-        hashes = wire.get("block_hashes")
-        if not isinstance(hashes, list):
+        hashes = _known(wire, "block_hashes", list)
+        if hashes is None:
             raise _EventError("event")
-        medium = _medium(medium)
         hashes = [_hash(value) for value in hashes]
-        group = wire.get("group_idx")
-        group = group if type(group) is int else 0
-        locality, ownership = _text(wire, "locality"), _text(wire, "ownership")
+        group = _known(wire, "group_idx", int) or 0
+        locality, ownership = _told(wire, "locality", str), _told(wire, "ownership", str)
         if kind == "BlockRemoved":
             return BlockRemoved(
-                hashes=hashes, medium=medium, group=group, locality=locality, ownership=ownership
+                hashes=hashes,
+                medium=_medium(medium),
+                group=group,
+                locality=locality,
+                ownership=ownership,
             )
-        parent, lora_id = wire.get("parent_block_hash"), _number(wire, "lora_id")
-        adapter = _text(wire, "lora_name")
-        extra_keys = wire.get("extra_keys")
+        parent, lora_id = wire.get("parent_block_hash"), _known(wire, "lora_id", int)
+        adapter = _known(wire, "lora_name", str)
         return BlockStored(
             hashes=hashes,
             parent=None if parent is None else _hash(parent),
-            block_size=_number(wire, "block_size") or 0,
-            medium=medium,
+            block_size=_told(wire, "block_size", int) or 0,
+            medium=_medium(medium),
             adapter=str(lora_id) if adapter is None and lora_id is not None else adapter,
             group=group,
-            extra_keys=extra_keys if isinstance(extra_keys, list) else None,
-            kind=_text(wire, "kv_cache_spec_kind"),
+            extra_keys=_told(wire, "extra_keys", list),
+            kind=_told(wire, "kv_cache_spec_kind", str),
             locality=locality,
-            sliding_window=_number(wire, "kv_cache_spec_sliding_window"),
+            sliding_window=_told(wire, "kv_cache_spec_sliding_window", int),
             ownership=ownership,
             lora_id=lora_id,
             token_ids=wire.get("token_ids") if self._token_ids else None,
@@ -424,14 +424,22 @@ def _hash(value: object) -> Hash:
     raise _EventError("hash")
 
 
-def _text(wire: dict[Any, Any], name: str) -> str | None:
+def _told(wire: dict[Any, Any], name: str, kind: type) -> Any:
+    """Return a field if it is of its type, else None: a block is where it is without it."""
     value = wire.get(name)
-    return value if isinstance(value, str) else None
+    return value if type(value) is kind else None
 
 
-def _number(wire: dict[Any, Any], name: str) -> int | None:
+def _known(wire: dict[Any, Any], name: str, kind: type) -> Any:
+    """Return a field that says where a block is, or None.
+
+    Raises:
+        _EventError: It is of another type: guessing would corrupt the index.
+    """
     value = wire.get(name)
-    return value if type(value) is int else None
+    if value is not None and type(value) is not kind:
+        raise _EventError("event")
+    return value
 
 
 class _WireStored(
