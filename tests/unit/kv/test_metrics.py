@@ -27,6 +27,8 @@ LABELS = {
     "queue_capacity_batches": ("worker", "engine"),
     "listener_up": ("worker", "engine"),
     "listener_reconnects_total": ("worker", "engine"),
+    "listener_crashes_total": ("worker", "engine"),
+    "block_size_mismatches_total": ("worker", "engine"),
     "sequence": ("worker", "engine"),
     "last_batch_timestamp_seconds": ("worker", "engine"),
     "lag_seconds": ("worker", "engine"),
@@ -199,6 +201,8 @@ def test_every_field_of_a_listener_is_on_the_page() -> None:
     listener.reconnects = 15
     listener.sequence = 16
     listener.last_batch_timestamp_seconds = 17.5
+    listener.crashes = 18
+    listener.odd_block_sizes = 19
     listener.lag.observe(0.02, 3)
     listener.lag.observe(99.0)
     index = Index()
@@ -214,6 +218,8 @@ def test_every_field_of_a_listener_is_on_the_page() -> None:
     assert value(page, "replays_total", **W0, outcome="aged_out") == 14
     assert value(page, "listener_up", **W0) == 1
     assert value(page, "listener_reconnects_total", **W0) == 15
+    assert value(page, "listener_crashes_total", **W0) == 18
+    assert value(page, "block_size_mismatches_total", **W0) == 19
     assert value(page, "sequence", **W0) == 16
     assert value(page, "last_batch_timestamp_seconds", **W0) == 17.5
     assert value(page, "lag_seconds_bucket", **W0, le="0.01") == 0

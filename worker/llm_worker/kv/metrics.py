@@ -126,6 +126,19 @@ LISTENER_FAMILIES = (
         "Connections to the publisher made after the first.",
     ),
     Family(
+        "listener_crashes_total",
+        "counter",
+        _RANK,
+        "Batches, or states of a socket, that broke the listener; it left them out and went on.",
+    ),
+    Family(
+        "block_size_mismatches_total",
+        "counter",
+        _RANK,
+        "Bursts of batches whose blocks had another size than the rank's: look-ups by tokens miss "
+        "them.",
+    ),
+    Family(
         "sequence",
         "gauge",
         _RANK,
@@ -143,8 +156,8 @@ LISTENER_FAMILIES = (
         "lag_seconds",
         "histogram",
         _RANK,
-        "From the making of a batch, by the publisher's clock, to its being indexed. Replayed "
-        "batches count with their full age.",
+        "From the making of a batch, by the publisher's clock, to its being indexed. Only batches "
+        "that were next in turn when they arrived; those of one burst count with its oldest's age.",
     ),
 )
 SOURCE_FAMILIES = (
@@ -514,6 +527,10 @@ def _listener_families(ranks: Mapping[Key, list[ListenerStats]]) -> Iterator[Met
         )
         page.gauge("listener_up", key, int(all(part.connected for part in parts)))
         page.counter("listener_reconnects_total", key, sum(part.reconnects for part in parts))
+        page.counter("listener_crashes_total", key, sum(part.crashes for part in parts))
+        page.counter(
+            "block_size_mismatches_total", key, sum(part.odd_block_sizes for part in parts)
+        )
         page.gauge("sequence", key, _counter_part(_greatest(part.sequence for part in parts)))
         page.gauge(
             "last_batch_timestamp_seconds",
