@@ -161,7 +161,7 @@ class Source:
         self._removable = {k: v for k, v in self._removable.items() if k[0] != medium and kept}
         self.stats.cleared_blocks += gone
         self._index.room_blocks += gone
-        if not kept:
+        if medium is None:  # what was refused is gone from the engine as well
             self.trust("index_full")
 
     def mark_stale(self, reason: str) -> None:
