@@ -67,6 +67,9 @@ def test_every_setting_is_read_from_flag_and_environment_and_the_flag_wins(
         "component": ("a", "b"),
         "kv-events-port": ("21000", "22000"),
         "kv-replay-port": ("21500", "22500"),
+        "kv-plane": ("zmq://127.0.0.1:21900", "nats://broker:4222"),
+        "kv-max-blocks": ("1000000", "2000000"),
+        "id": ("worker-a", "worker-b"),
         "multiproc-dir": ("/a", "/b"),
         "log-format": ("json", "text"),
         "drain-seconds": ("5", "7"),
@@ -129,6 +132,37 @@ def test_our_kv_ports_and_vllms_kv_config_exclude_each_other() -> None:
     """Two sources for one setting are a problem, not a precedence puzzle."""
     found = problems("--model=m", "--worker-kv-events-port=1024", "--kv-events-config={}")
     assert "keep one" in found[0]
+
+
+def test_there_is_an_index_when_the_engine_publishes_whoever_asked_it_to() -> None:
+    """Our port or vLLM's own option switch it on; nothing else does."""
+    assert resolved("--model=m").kv_index is None
+    ours = resolved("--model=m", "--worker-kv-events-port=1024").kv_index
+    assert ours == resolved("--model=m", "--kv-events-config={}").kv_index
+    assert ours == config.KvIndex("zmq://*:20280", None)
+    off = resolved("--model=m", "--worker-kv-events-port=1024", "--worker-kv-plane=off").kv_index
+    assert off == config.KvIndex(None, None)
+
+
+def test_settings_of_the_kv_index_that_make_no_sense_are_named_together() -> None:
+    """A plane that is none, a bound that is none, and a name with spaces."""
+    found = problems(
+        "--model=m", "--worker-kv-events-port=1024", "--worker-kv-plane=kafka://here:1",
+        "--worker-kv-max-blocks=0", "--worker-id", "my worker",
+    )  # fmt: skip
+    assert [problem.split(" ")[0] for problem in found] == [
+        "--worker-kv-plane",
+        "--worker-kv-max-blocks",
+        "--worker-id",
+    ]
+    (without,) = problems("--model=m", "--worker-kv-max-blocks=5")
+    assert "--worker-kv-events-port" in without
+
+
+def test_the_ports_of_the_plane_collide_with_no_others() -> None:
+    """Its events and, a hundred above, their replay."""
+    (clash,) = problems("--model=m", "--worker-kv-events-port=20380")
+    assert "20380" in clash
 
 
 def test_several_api_servers_are_refused() -> None:

@@ -26,6 +26,7 @@ from llm_worker.errors import ConfigError
 ENV_PREFIX = "LLM_WORKER_"
 FLAG_PREFIX = "--worker-"
 TINY = "tiny"
+KV_PLANE_REPLAY_OFFSET = 100
 # Written by the worker itself for its child processes, not a setting.
 INTERNAL_ENV = frozenset({"LLM_WORKER_PARENT_PID"})
 
@@ -58,6 +59,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("component", "", "value of the label llm_component on every series; empty: no label"),
     Setting("kv-events-port", "", "publish KV-cache events on this port + rank; empty: off"),
     Setting("kv-replay-port", "", "replay of KV-cache events, + rank; empty: events port + 100"),
+    Setting(
+        "kv-plane", "zmq://*:20280", "where indexed KV events go; or `nats://HOST:4222`, `off`"
+    ),
+    Setting("kv-max-blocks", "", "blocks that the KV index holds at most; empty: no bound"),
+    Setting("id", "", "name of this worker among others; empty: host name and system port"),
     Setting("multiproc-dir", "", "prometheus_client's multiprocess directory; `auto` makes one"),
     Setting("log-format", "text", "`text` or `json`"),
     Setting("drain-seconds", "30", "how long in-flight requests may take after SIGTERM"),
@@ -90,6 +96,14 @@ class KvEvents:
 
 
 @dataclass(frozen=True, slots=True)
+class KvIndex:
+    """The index of the engine's KV blocks, and where its events go on to."""
+
+    plane: str | None  # zmq://HOST:PORT, replay 100 above, or nats://HOST:PORT; None: nowhere
+    max_blocks: int | None  # of all ranks
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The resolved settings of one worker."""
 
@@ -101,6 +115,8 @@ class Config:
     namespace: str
     component: str
     kv_events: KvEvents | None
+    kv_index: KvIndex | None  # None: the engine publishes no KV events
+    worker_id: str | None  # None: host name and system port
     multiproc_dir: str | None  # a directory, "auto", or None: single process
     log_format: str  # "text" or "json"
     drain_seconds: float
@@ -167,6 +183,8 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         namespace=reader.label("namespace"),
         component=reader.label("component"),
         kv_events=kv_events,
+        kv_index=_kv_index(reader, kv_events, theirs),
+        worker_id=reader.name("id"),
         multiproc_dir=values["multiproc-dir"]
         or environment.get("PROMETHEUS_MULTIPROC_DIR")
         or None,
@@ -298,7 +316,7 @@ class _Reader:
         self._values = values
         self._problems = problems
 
-    def _problem(self, name: str, what: str) -> None:
+    def problem(self, name: str, what: str) -> None:
         setting = next(setting for setting in SETTINGS if setting.name == name)
         self._problems.append(f"{setting.flag} ({setting.env}): {what}")
 
@@ -306,32 +324,59 @@ class _Reader:
         text = self._values[name]
         number = int(text) if text.isdecimal() else -1
         if not (0 if allow_zero else 1) <= number <= 65535:
-            self._problem(name, f"{text!r} is not a port; use 1 to 65535")
+            self.problem(name, f"{text!r} is not a port; use 1 to 65535")
             return 0
         return number
 
     def host(self, name: str) -> str:
         text = self._values[name]
         if not re.fullmatch(r"[A-Za-z0-9_.:\[\]%-]+", text):
-            self._problem(name, f"{text!r} is not a host name or an address")
+            self.problem(name, f"{text!r} is not a host name or an address")
         return text.strip("[]")
 
     def label(self, name: str) -> str:
         text = self._values[name]
         if len(text) > 128 or not text.isprintable():
-            self._problem(name, "use up to 128 printable characters")
+            self.problem(name, "use up to 128 printable characters")
+        return text
+
+    def name(self, name: str) -> str | None:
+        text = self._values[name]
+        if len(text) > 128 or not re.fullmatch(r"[!-~]*", text):
+            self.problem(name, "use up to 128 printable ASCII characters, no spaces")
+        return text or None
+
+    def count(self, name: str) -> int | None:
+        text = self._values[name]
+        if not text:
+            return None
+        if not text.isdecimal() or int(text) < 1:
+            self.problem(name, f"{text!r} is not a number above 0")
+            return None
+        return int(text)
+
+    def plane(self, name: str) -> str | None:
+        text = self._values[name]
+        if text == "off":
+            return None
+        found = re.fullmatch(r"(?:zmq://[^/\s]+|nats://[^/\s]+|tls://[^/\s]+):(\d+)", text)
+        if found is None or int(found[1]) > 65535 - KV_PLANE_REPLAY_OFFSET:
+            self.problem(
+                name,
+                f"{text!r}: write zmq://HOST:PORT, nats://HOST:PORT or off; * is every address",
+            )
         return text
 
     def choice(self, name: str, choices: Sequence[str]) -> str:
         text = self._values[name]
         if text not in choices:
-            self._problem(name, f"{text!r} is unknown; choose {' or '.join(choices)}")
+            self.problem(name, f"{text!r} is unknown; choose {' or '.join(choices)}")
         return text
 
     def seconds(self, name: str) -> float:
         number = _float(self._values[name])
         if number is None or number < 0:
-            self._problem(name, f"{self._values[name]!r} is not a number of seconds, 0 or more")
+            self.problem(name, f"{self._values[name]!r} is not a number of seconds, 0 or more")
             return 0.0
         return number
 
@@ -342,7 +387,7 @@ class _Reader:
             objective, _, text = part.strip().partition("=")
             number = _float(text)
             if objective not in ("ttft", "tpot", "e2e") or number is None or number <= 0:
-                self._problem(name, f"{part!r}: write ttft=1.0,tpot=0.1,e2e=30 (seconds, above 0)")
+                self.problem(name, f"{part!r}: write ttft=1.0,tpot=0.1,e2e=30 (seconds, above 0)")
                 return defaults
             targets[f"{objective}_seconds"] = number
         return dataclasses.replace(defaults, **targets)
@@ -354,10 +399,10 @@ class _Reader:
         try:
             content = path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            self._problem(name, f"cannot read {path}: {error}")
+            self.problem(name, f"cannot read {path}: {error}")
             return None
         if not content:
-            self._problem(name, f"{path} is empty; put the token into it")
+            self.problem(name, f"{path} is empty; put the token into it")
         return path
 
     def writable_directory(self, name: str) -> Path | None:
@@ -369,7 +414,7 @@ class _Reader:
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:
-            self._problem(name, f"cannot write to {path}: {error}")
+            self.problem(name, f"cannot write to {path}: {error}")
             return None
         return path
 
@@ -460,6 +505,15 @@ def _kv_events(reader: _Reader, theirs: Sequence[str], problems: list[str]) -> K
     return KvEvents(port, replay)
 
 
+def _kv_index(reader: _Reader, kv_events: KvEvents | None, theirs: Sequence[str]) -> KvIndex | None:
+    plane, max_blocks = reader.plane("kv-plane"), reader.count("kv-max-blocks")
+    if kv_events is None and _option(theirs, "--kv-events-config") is None:
+        if max_blocks is not None:
+            reader.problem("kv-max-blocks", "there is no index without --worker-kv-events-port")
+        return None
+    return KvIndex(plane, max_blocks)
+
+
 def _check_ports(
     config: Config, theirs: Sequence[str], data_parallel: int, problems: list[str]
 ) -> None:
@@ -473,6 +527,11 @@ def _check_ports(
         for rank in range(data_parallel):
             uses.append((f"KV events of rank {rank}", config.kv_events.port + rank))
             uses.append((f"KV replay of rank {rank}", config.kv_events.replay_port + rank))
+    if config.kv_index is not None and (config.kv_index.plane or "").startswith("zmq://"):
+        plane_port = int(str(config.kv_index.plane).rpartition(":")[2])
+        if plane_port:
+            uses.append(("the KV plane (--worker-kv-plane)", plane_port))
+            uses.append(("replay of the KV plane", plane_port + KV_PLANE_REPLAY_OFFSET))
     taken: dict[int, str] = {}
     for what, port in uses:
         if port > 65535:

@@ -1,7 +1,8 @@
 """What the engine's own processes know at start-up, carried to the API process.
 
 Owns three facts per data-parallel rank: its KV-cache blocks and bytes, and how long its slowest
-worker took to load the model. Nothing else in vLLM 0.32 tells them outside the engine.
+worker took to load the model. Nothing else in vLLM 0.32 tells them outside the engine. Also puts
+`kv.truth` into the engine core.
 Way: worker processes note (``WorkerWrapperBase.load_model``, ``initialize_from_config``) → the
 engine core asks them once, after the KV cache is allocated and before it serves → its ready message
 carries them in one field that vLLM's decoder ignores → the API process reads that field. No RPC is
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_worker import config
+from llm_worker.kv import truth
 
 log = logging.getLogger(__name__)
 
@@ -257,4 +259,7 @@ _HOOKS: tuple[tuple[str, str, str, Callable[[Callable[..., Any]], Any]], ...] = 
     ("vllm.v1.engine.core", "EngineCore", "_initialize_kv_caches", _ask_workers),
     ("vllm.v1.engine.core", "EngineCoreProc", "_make_ready_response", _add_facts),
     ("vllm.v1.engine.core_client", "MPClient", "_apply_ready_response", _read_facts),
+    ("vllm.v1.engine.core", "EngineCore", "reset_prefix_cache", truth.announce_reset),
+    ("vllm.v1.engine.core", "EngineCore", truth.METHOD, truth.add),
+    ("vllm.distributed.kv_events", "ZmqEventPublisher", "publish", truth.count_published),
 )

@@ -44,7 +44,9 @@ DATA_REASONS = (
 )  # fmt: skip
 
 
-_BY_SNAPSHOT = frozenset(("missed_first", "gap", "undecodable", "duplicate_worker"))
+_BY_SNAPSHOT = frozenset(
+    ("unsynchronised", "missed_first", "gap", "undecodable", "duplicate_worker", "audit")
+)
 
 
 class Outlet(Protocol):
