@@ -27,7 +27,7 @@ import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
 
 from llm_worker.kv import topics
 from llm_worker.kv.events import Event
@@ -45,7 +45,7 @@ TOPIC_HEADER = "Kv-Topic"
 SEQUENCE_HEADER = "Kv-Sequence"
 POSITION_HEADER = "Kv-Position"  # the stream's last message that is surely in the snapshot
 INSTANCE_HEADER = "Kv-Instance"
-END_HEADER = "Kv-End"
+END_HEADER = "Kv-End"  # complete, or failed
 
 _WINDOW_BATCHES = 512  # on their way at once
 _ACKNOWLEDGE_SECONDS = 5.0
@@ -100,7 +100,7 @@ class NatsPlane:
         buffer_batches: int = 20_000,
         buffer_bytes: int = 64 << 20,
         max_age_seconds: float = 3600.0,
-        max_bytes: int = 256 << 20,
+        max_bytes: int = 64 << 20,
         stats: PlaneStats | None = None,
     ) -> None:
         """Connect in the background, and go on trying as long as it takes.
@@ -343,10 +343,7 @@ class NatsPlane:
         )
         try:
             await self._serve(client, worker)
-            try:
-                state = (await stream.add_stream(config)).state
-            except nats.js.errors.BadRequestError:  # there with other limits
-                state = (await stream.update_stream(config)).state
+            state = (await _have_stream(stream, config)).state
         except (nats.errors.Error, OSError, TimeoutError) as error:
             self._complain("stream", error)
             return False
@@ -376,10 +373,14 @@ class NatsPlane:
             return
 
         async def asked(message: Msg) -> None:
+            how = "complete"
             try:
                 await self._answer(client, worker, message)
-            except (nats.errors.Error, OSError, TimeoutError) as error:
+            except Exception as error:  # the index's thread is busy, or broke; or the server went
                 logger.warning("a request for KV blocks was not answered: %r", error)
+                how = "failed"
+            end = {END_HEADER: how, INSTANCE_HEADER: self.instance}
+            await client.publish(message.reply, b"", headers=end)
 
         await client.subscribe(request_subject(worker), cb=asked)
         self._served.add(worker)
@@ -411,10 +412,6 @@ class NatsPlane:
                     await client.publish(message.reply, payload, headers=headers)
                     await client.flush()  # what the socket takes, not what memory holds
             self.stats.snapshots_served += 1
-        else:
-            return
-        end = {END_HEADER: "1", INSTANCE_HEADER: self.instance}
-        await client.publish(message.reply, b"", headers=end)
 
     def _freeze(self, worker: str) -> tuple[list[topics.Frozen], int]:
         """At rest: the worker's blocks, and a place in the stream after which all news come."""
@@ -425,6 +422,19 @@ class NatsPlane:
 
     def _sequence(self, worker: str, rank: int) -> int:
         return self._next.get((worker, rank), self._first) - 1
+
+
+async def _have_stream(stream: JetStreamContext, config: StreamConfig) -> StreamInfo:
+    """The stream, with these limits. Added only where it is not: a full server refuses that."""
+    assert config.name is not None
+    try:
+        found = await stream.stream_info(config.name)
+    except nats.js.errors.NotFoundError:
+        return await stream.add_stream(config)
+    have = found.config
+    if (have.max_age, have.max_bytes) != (config.max_age, config.max_bytes):
+        return await stream.update_stream(config)
+    return found
 
 
 async def connect(

@@ -38,7 +38,7 @@ STATUS_SECONDS = 2.0
 _FETCH_MESSAGES = 512
 _FETCH_SECONDS = 0.5
 _REQUEST_SECONDS = 2.0
-_SNAPSHOT_SECONDS = 30.0  # without a piece of it
+_SNAPSHOT_SECONDS = 15.0  # without a piece of it
 _LATE_SECONDS = 1.0  # for what was stored out of order
 _SILENCE_SECONDS = 5.0  # of a consumer, before the server is asked whether it has it
 _SNAPSHOT_PAUSE_SECONDS = 5.0
@@ -218,7 +218,10 @@ async def request(
             instance = headers.get(nats_plane.INSTANCE_HEADER, "")
             if what == b"snapshot" and pieces and instance != pieces[0].instance:
                 continue
-            if nats_plane.END_HEADER in headers:
+            end = headers.get(nats_plane.END_HEADER)
+            if end == "failed":
+                return None
+            if end:
                 if what == b"snapshot":
                     return pieces
                 ended = True  # of one; another may follow
@@ -247,7 +250,7 @@ class _Follower:
         self._client = client
         self._worker = worker
         self._place = 0  # of the last message read
-        self._gone = False  # the worker does not answer
+        self._alone = False  # the worker answers, and is one
         self._consumer_lost = False
         self._checked = 0.0
         self._snapshot_after = 0.0
@@ -457,11 +460,11 @@ class _Follower:
         if overdue:
             await self._call(give_up)
         doubtful = any(
-            stream.source.stale - {"disconnected", "upstream", "duplicate_worker"}
+            stream.source.stale - {"disconnected", "upstream"}
             for stream in self.streams.values()
             if stream.ask is None
         )
-        if doubtful and not self._gone and now >= self._snapshot_after:
+        if doubtful and self._alone and now >= self._snapshot_after:
             self._snapshot_after = now + _SNAPSHOT_PAUSE_SECONDS
             await self._take_snapshot()
 
@@ -479,7 +482,7 @@ class _Follower:
                 continue
             statuses[piece.rank] = status
             instances.add(status.instance)
-        self._gone = answer is None
+        self._alone = len(instances) == 1
         if answer is not None:
             owner.last_seen[self._worker] = time.monotonic()
             owner.instances[self._worker] = instances
@@ -488,10 +491,11 @@ class _Follower:
             for rank in statuses:
                 self._stream(rank)
             for rank, stream in self.streams.items():
-                stream.stats.connected = not self._gone
-                _set(stream, "disconnected", self._gone)
+                stream.stats.connected = answer is not None
+                _set(stream, "disconnected", answer is None)
+                if len(instances) > 1:  # until a snapshot of one
+                    stream.source.mark_stale("duplicate_worker")
                 if answer is not None:
-                    _set(stream, "duplicate_worker", len(instances) > 1)
                     told = statuses.get(rank)
                     _set(stream, "upstream", told is None or bool(told.stale))
 
