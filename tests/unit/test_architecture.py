@@ -48,11 +48,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.nats_source": {"kv.index", "kv.nats_plane", "kv.stats", "kv.stream", "kv.topics"},
     "kv.routes": {"kv.events", "kv.index", "kv.stats"},
     "kv.metrics": {"kv.index", "kv.stats"},
-    "api": {"errors", "exposition", "health"},
-    "engine": {"config", "errors", "ledger", "metrics", "processes", "startup", "stats", "tiny"},
+    "kv.worker": {
+        "errors", "kv.audit", "kv.index", "kv.metrics", "kv.nats_plane", "kv.pipeline", "kv.plane",
+        "kv.routes", "kv.stats",
+    },
+    "api": {"errors", "exposition", "health", "kv.routes"},
+    "engine": {
+        "config", "errors", "kv.truth", "kv.worker", "ledger", "metrics", "processes", "startup",
+        "stats", "tiny",
+    },
     "app": {
-        "__init__", "api", "config", "engine", "errors", "exposition", "health", "lifecycle",
-        "metrics", "multiprocess", "processes",
+        "__init__", "api", "config", "engine", "errors", "exposition", "health", "kv.worker",
+        "lifecycle", "metrics", "multiprocess", "processes",
     },
     "__main__": {"app", "config", "errors", "multiprocess"},
 }  # fmt: skip

@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse
 from llm_worker.errors import ConfigError
 from llm_worker.exposition import Exposition
 from llm_worker.health import Health, Verdict
+from llm_worker.kv import routes as kv_routes
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -46,6 +47,7 @@ class Handlers:
     version: Callable[[], dict[str, Any]]
     engine_info: Callable[[], dict[str, Any] | None]  # None before the engine is up
     drain: Callable[[], None]  # stop as SIGTERM does
+    kv: kv_routes.KvHandlers | None = None  # None: no KV events are asked for
 
 
 def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -> ASGIApp:
@@ -150,6 +152,9 @@ def _routes(handlers: Handlers, *, token: str | None, open_to_others: bool) -> F
     async def unknown(request: Request, _: Exception) -> Response:
         return JSONResponse(_error(f"no route {request.url.path}; see /openapi.json"), 404)
 
+    if handlers.kv is not None:
+        app.include_router(kv_routes.reading(handlers.kv))
+        writing.include_router(kv_routes.writing(handlers.kv))
     app.include_router(writing)
     return app
 

@@ -1,7 +1,7 @@
 """The worker's life, from the first listener to the exit code.
 
-Owns every part, every task and the order in which they stop: unready, drain, HTTP, engine, system
-server, exit. Nothing else wires anything. Reads top-down.
+Owns every part, every task and the order in which they stop: unready, drain, HTTP, KV events, KV
+plane, engine, system server, exit. Nothing else wires anything. Reads top-down.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from llm_worker.errors import (
 )
 from llm_worker.exposition import Exposition
 from llm_worker.health import Health, Heartbeat
+from llm_worker.kv.worker import WorkerKv
 from llm_worker.lifecycle import ExitRecord, Lifecycle, State
 from llm_worker.metrics import Metrics
 from llm_worker.processes import (
@@ -58,6 +59,7 @@ ERROR_FLUSH_SECONDS = 5  # in-flight requests of a dead engine get their error
 ENGINE_STOP_SECONDS = 5.0
 EXIT_MARGIN_SECONDS = 15.0  # past all of the above the process is ended by force
 SIGN_OF_LIFE_SECONDS = 5.0
+TRUTH_SECONDS = 10.0  # for the engine to tell which KV blocks it holds
 # How long a thread may keep the interpreter while another waits; Python's default is 5 ms. Short,
 # so that a probe does not wait for the serving loop's burst, nor a token for a scrape.
 SWITCH_INTERVAL_SECONDS = 0.0001
@@ -93,12 +95,21 @@ class Worker:
         self.health = Health(self.lifecycle, self.heartbeat)
         self._engine: Engine | None = None
         self._last_sign = 0.0
+        self.kv: WorkerKv | None = None
+        if config.kv_index is not None:
+            self.kv = WorkerKv(
+                config.worker_id or f"{socket.gethostname()}:{config.system_port or os.getpid()}",
+                plane=config.kv_index.plane,
+                max_blocks=config.kv_index.max_blocks,
+            )
+            self.exposition.register("kv", self.kv.collector())
         handlers = Handlers(
             health=self.health,
             exposition=self.exposition,
             version=_versions,
             engine_info=self._engine_info,
             drain=lambda: os.kill(os.getpid(), signal.SIGTERM),
+            kv=None if self.kv is None else self.kv.handlers(),
         )
         self.system_server = SystemServer(
             create_app(handlers, token=config.token(), open_to_others=config.open_to_others),
@@ -122,6 +133,8 @@ class Worker:
             raise
         finally:
             self._clean_up(reason)
+            if self.kv is not None:
+                self.kv.close()
             self.system_server.close()
         log.info("exit %d: %s", code, reason, extra={"exit_code": code, "reason": reason})
         return code
@@ -163,6 +176,7 @@ class Worker:
             self._engine = engine
             self.health.engine_dead = engine.is_dead
             self.lifecycle.to(State.WARMING)
+            await self._start_kv(engine)
             with self._phase("api"):
                 started = asyncio.Event()
                 server = await engine.build_api(self._config.drain_seconds, started.set)
@@ -177,6 +191,8 @@ class Worker:
             await self._serve(engine, server, listener, started)
         finally:
             self.health.engine_dead = lambda: True
+            if self.kv is not None:
+                await asyncio.to_thread(self.kv.close)
             await asyncio.to_thread(engine.stop, ENGINE_STOP_SECONDS)
 
     async def _serve(
@@ -213,6 +229,27 @@ class Worker:
             raise EngineDiedError(cause)
         if not asked.is_set():
             raise RuntimeError("the API server or the system server ended by itself")
+
+    async def _start_kv(self, engine: Engine) -> None:
+        """Index the engine's KV blocks from here on."""
+        if self.kv is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def truth(full: bool) -> list[dict[str, Any]]:
+            told = asyncio.run_coroutine_threadsafe(engine.kv_truth(full), loop)
+            return told.result(TRUTH_SECONDS)
+
+        try:
+            await engine.kv_truth()
+        except Exception as error:  # the plug-in is missing there: no audits, no hashing
+            log.warning("the engine does not tell what its KV cache holds: %s", error)
+        self.kv.start(
+            engine.kv_event_sources(),
+            block_size=engine.info().block_size_tokens,
+            truth=truth,
+            hash_blocks=engine.hash_blocks,
+        )
 
     async def _announce(self, started: asyncio.Event) -> None:
         """Become ready once the API server listens."""

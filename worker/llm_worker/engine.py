@@ -16,15 +16,18 @@ import os
 import signal
 import socket
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from llm_worker import ledger, startup, stats, tiny
 from llm_worker.config import TINY, Config, cache_directory
 from llm_worker.errors import ConfigError
+from llm_worker.kv import truth
+from llm_worker.kv.worker import EventSource
 from llm_worker.metrics import Metrics
 from llm_worker.processes import end_descendants, mapped_segments, remove_segments
 
@@ -134,6 +137,8 @@ class Engine:
         manager = getattr(llm.engine_core.resources, "engine_manager", None)
         self._processes = list(getattr(manager, "processes", []))
         self._segments = mapped_segments()
+        self._models: Any = None  # vLLM's table of served models and adapters
+        self._hashing: truth.Hashing | None = None
 
     @classmethod
     async def start(cls, args: Namespace, config: Config, metrics: Metrics, phase: Phase) -> Engine:
@@ -190,6 +195,7 @@ class Engine:
         tasks = await self._llm.get_supported_tasks()
         app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, app.state, args, tasks)
+        self._models = getattr(app.state, "openai_serving_models", None)
         config = uvicorn.Config(
             # Around the application: vLLM has closed its own list of middleware by now.
             ledger.Refusals(app, self._metrics, self.model_name),
@@ -264,6 +270,75 @@ class Engine:
     def info(self) -> stats.EngineCacheInfo:
         """What the engine has: blocks, limits, parallel sizes."""
         return stats.engine_cache_info(self._llm.vllm_config)
+
+    def kv_event_sources(self) -> list[EventSource]:
+        """Where each rank publishes its KV events, as the engine resolved it; empty: nowhere."""
+        return [
+            EventSource(rank, source.endpoint, source.replay_endpoint, source.topic)
+            for rank, source in sorted(self._llm.get_kv_event_sources().items())
+        ]
+
+    async def kv_truth(self, full: bool = False) -> list[dict[str, Any]]:
+        """What each rank holds in its KV cache; see `kv.truth.held`.
+
+        Raises:
+            Exception: whatever vLLM raises when an engine core does not know how to tell.
+        """
+        told: list[dict[str, Any]] = await self._llm.engine_core.call_utility_all_async(
+            truth.METHOD, full
+        )
+        self._hashing = truth.Hashing.of(told[0]) if told else None
+        return told
+
+    def hash_blocks(
+        self, asked: str | Sequence[int], adapter: str | None, cache_salt: str | None
+    ) -> list[int | bytes]:
+        """The hashes of a prompt's full blocks, by the engine's own functions; any thread.
+
+        Raises:
+            ValueError: it cannot be a prompt of this engine.
+        """
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core import kv_cache_utils
+
+        hashing = self._hashing
+        if hashing is None or not hashing.none_hash:
+            raise ValueError("the engine hashes no blocks: is prefix caching on?")
+        tokens = self._llm.get_tokenizer().encode(asked) if isinstance(asked, str) else list(asked)
+        vocabulary = self._llm.model_config.get_vocab_size()
+        if any(type(token) is not int or not 0 <= token < vocabulary for token in tokens):
+            raise ValueError(f"token ids are integers from 0 to {vocabulary - 1}")
+        request: Any = SimpleNamespace(
+            mm_features=[],
+            prompt_embeds=None,
+            cache_salt=cache_salt,
+            lora_request=self._adapter(adapter),
+        )
+        function = get_hash_fn_by_name(self._llm.vllm_config.cache_config.prefix_caching_hash_algo)
+        size = hashing.hash_block_size
+        hashes: list[int | bytes] = []
+        # The engine may have been given another seed than this process.
+        parent = hashing.none_hash
+        for start in range(0, len(tokens) - size + 1, size):
+            extra, _ = kv_cache_utils.generate_block_hash_extra_keys(
+                request, start, start + size, 0
+            )
+            parent = kv_cache_utils.hash_block_tokens(
+                function, parent, tokens[start : start + size], extra
+            )
+            hashes.append(
+                int.from_bytes(parent, "big") & ((1 << 64) - 1) if hashing.integers else parent
+            )
+        step = hashing.block_size // size
+        return hashes[step - 1 :: step]
+
+    def _adapter(self, name: str | None) -> Any:
+        if name is None:
+            return None
+        adapter = getattr(self._models, "lora_requests", {}).get(name)
+        if adapter is None:
+            raise ValueError(f"no adapter {name!r} is loaded")
+        return adapter
 
     def is_dead(self) -> bool:
         """Whether an engine process ended or vLLM gave the engine up; callable from any thread."""

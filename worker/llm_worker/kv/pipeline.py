@@ -14,7 +14,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -247,8 +247,3 @@ class Pipeline:
                 answer.set_result(ask())
             except BaseException as error:
                 answer.set_exception(error)
-
-
-def planes(outlets: Sequence[Outlet]) -> list[PlaneStats]:
-    """What the outlets count."""
-    return [outlet.stats for outlet in outlets]

@@ -16,7 +16,8 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,24 @@ log = logging.getLogger(__name__)
 METHOD = "llm_worker_kv_truth"  # of EngineCore
 _GROUP_BYTES = 4  # vLLM's key is the hash and the group, big-endian
 _COUNT = "_llm_worker_published"
+
+
+@dataclass(frozen=True, slots=True)
+class Hashing:
+    """What it takes to hash a prompt as this engine does."""
+
+    none_hash: bytes  # the first block's parent; empty: no block is hashed
+    hash_block_size: int  # tokens
+    block_size: int  # tokens; of the first KV-cache group, a multiple of it
+    integers: bool  # events name blocks by 64 bits of the hash
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Hashing:
+        """From what `held` told."""
+        size = told["hash_block_size"]
+        sizes = told["block_sizes"]
+        block_size = sizes[0] if sizes and sizes[0] % size == 0 else size
+        return cls(told["none_hash"], size, block_size, told["integers"])
 
 
 def count_published(original: Callable[..., Any]) -> Any:

@@ -1,0 +1,148 @@
+"""A worker's own KV pipeline, put together: its engine's ranks → index → plane, and the auditor.
+
+Owns the order in which they start and stop. Knows no engine: it is handed endpoints and callables.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from llm_worker.errors import ConfigError
+from llm_worker.kv.audit import Auditor, Truth
+from llm_worker.kv.index import Index
+from llm_worker.kv.metrics import KvCollector
+from llm_worker.kv.pipeline import Outlet, Pipeline
+from llm_worker.kv.routes import HashBlocks, KvHandlers
+from llm_worker.kv.stats import AuditStats, ListenerStats, PlaneStats
+
+log = logging.getLogger(__name__)
+
+ZMQ_REPLAY_OFFSET = 100
+
+
+@dataclass(frozen=True, slots=True)
+class EventSource:
+    """Where one rank of the engine publishes."""
+
+    rank: int
+    endpoint: str
+    replay_endpoint: str | None
+    topic: str
+
+
+class WorkerKv:
+    """Index, plane and auditor of one worker. Everything can be asked before it is started."""
+
+    def __init__(self, worker: str, *, plane: str | None, max_blocks: int | None) -> None:
+        """``plane`` is ``zmq://HOST:PORT``, ``nats://HOST:PORT`` or None.
+
+        Raises:
+            ConfigError: the plane's ports are taken.
+        """
+        self.worker = worker
+        self.index = Index(max_blocks=max_blocks)
+        self.pipeline = Pipeline(self.index)
+        self._auditor: Auditor | None = None
+        self._hash_blocks: HashBlocks | None = None
+        if plane is not None:
+            self.pipeline.add_outlet(self._open(plane))
+
+    def start(
+        self,
+        sources: Iterable[EventSource],
+        *,
+        block_size: int | None,
+        truth: Callable[[bool], Sequence[Truth]],
+        hash_blocks: HashBlocks | None,
+    ) -> None:
+        """Listen to the engine, which is up. ``truth`` and ``hash_blocks`` may block."""
+        self._hash_blocks = hash_blocks
+        self.pipeline.start()
+        for source in sources:
+            self.pipeline.listen(
+                source.endpoint,
+                source.replay_endpoint,
+                worker=self.worker,
+                rank=source.rank,
+                topic=source.topic,
+                block_size=block_size,
+            )
+        if not self.pipeline.listeners:
+            log.warning("the engine publishes no KV events: the KV index stays empty")
+            return
+        self._auditor = Auditor(truth, lambda: self.pipeline.listeners, self.pipeline.at_rest)
+        self._auditor.start()
+
+    def close(self) -> None:
+        """Listen no more, flush the plane, and let go of the ports. Safe to call again."""
+        if self._auditor is not None:
+            self._auditor.close()
+        self.pipeline.close()
+
+    def collector(self) -> KvCollector:
+        """What all of it counts, for the exposition."""
+        return KvCollector(
+            self.index, listeners=self._listeners, planes=self._planes, audits=self._audits
+        )
+
+    def handlers(self) -> KvHandlers:
+        """What the routes call."""
+        return KvHandlers(
+            index=self.index,
+            listeners=self._listeners,
+            planes=self._planes,
+            hash_blocks=self._hash,
+            audit=self._audit,
+        )
+
+    def _open(self, plane: str) -> Outlet:
+        def sources() -> list[Any]:
+            return self.index.sources()
+
+        scheme, _, address = plane.partition("://")
+        if scheme != "zmq":
+            from llm_worker.kv.nats_plane import NatsPlane
+
+            return NatsPlane(plane, sources=sources, at_rest=self.pipeline.at_rest)
+        from llm_worker.kv.plane import ZmqPlane
+
+        host, _, port = address.rpartition(":")
+        replay = int(port) + ZMQ_REPLAY_OFFSET if int(port) else 0
+        try:
+            return ZmqPlane(
+                f"tcp://{host}:{port}",
+                f"tcp://{host}:{replay}",
+                sources=sources,
+                at_rest=self.pipeline.at_rest,
+            )
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                [
+                    f"the KV plane cannot be opened on {plane} and port {replay} ({error}): choose "
+                    "another --worker-kv-plane, or stop what holds it"
+                ]
+            ) from error
+
+    def _listeners(self) -> list[ListenerStats]:
+        return [listener.stats for listener in self.pipeline.listeners]
+
+    def _planes(self) -> list[PlaneStats]:
+        return [outlet.stats for outlet in self.pipeline.outlets]
+
+    def _audits(self) -> list[AuditStats]:
+        return [] if self._auditor is None else self._auditor.stats()
+
+    def _audit(self) -> dict[str, Any]:
+        return {"ok": False, "audits": []} if self._auditor is None else self._auditor.audit()
+
+    def _hash(
+        self, asked: str | Sequence[int], adapter: str | None, cache_salt: str | None
+    ) -> Sequence[Any]:
+        if self._hash_blocks is None:
+            raise ValueError("the engine is not up yet; see /health")
+        return self._hash_blocks(asked, adapter, cache_salt)
