@@ -21,6 +21,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import takewhile
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -113,9 +114,9 @@ class EventSocket:
                 router.setsockopt(zmq.ROUTER_MANDATORY, 1)
                 self.replay_endpoint = _bind(router, replay_endpoint)
         except BaseException:
-            self._pub.close(linger=0)
+            _release(self._pub, linger_ms=0)
             if router is not None:
-                router.close(linger=0)
+                _release(router, linger_ms=0)
             raise
         if router is not None:
             self._waker = context.socket(zmq.PAIR)
@@ -188,15 +189,20 @@ class EventSocket:
             ]
 
     def close(self) -> None:
-        """Stop answering, send what is queued for at most a second, and let go of the ports."""
+        """Stop answering, send what is queued for at most a second, and let go of the ports.
+
+        That is over soon after the return, not at it: who binds the same port at once may have to
+        try again.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self.stats.up = False
-            self._pub.close(linger=_LINGER_MS)
+            _release(self._pub)
             if self._thread is not None:
-                self._waker.send(b"")
+                with suppress(zmq.ZMQError):  # the context is gone, and so is the thread
+                    self._waker.send(b"")
                 self._waker.close(linger=_LINGER_MS)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_SECONDS)
@@ -307,7 +313,7 @@ class _Router:
             # The context was terminated under us. Publishing says the same, louder.
             logger.warning("KV events are no longer replayed: %s", error)
         finally:
-            self._router.close(linger=_LINGER_MS)
+            _release(self._router)
             self._wakened.close(linger=0)
 
     def _take_requests(self) -> None:
@@ -426,5 +432,13 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
     if "[" in endpoint or "::" in endpoint:
         socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)  # connections have what it is at the bind
     socket.bind(endpoint)
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def _release(socket: zmq.Socket[bytes], linger_ms: int = _LINGER_MS) -> None:
+    """Close it. Closing alone would keep the port until what is queued has been sent."""
+    with suppress(zmq.ZMQError):  # the context is gone, or it was never bound
+        socket.unbind(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    socket.close(linger=linger_ms)
