@@ -73,19 +73,27 @@ class Poller:
         engine: Engine,
         publisher: Callable[[int], ZmqKvEventPublisher],
         translator: Translator,
+        *,
+        ranks: int = 1,
     ) -> None:
-        """``publisher`` makes the one of a rank; it is called once for each, 0 at once."""
+        """``publisher`` makes the one of a rank; it is called once for each.
+
+        ``ranks`` are made at the start, so that their readers find someone; an attention-DP rank
+        beyond them, when its first event comes.
+        """
         self.translator = translator
         self.stats = PollerStats()
         self._engine = engine
         self._make_publisher = publisher
+        self._ranks = ranks
         self._publishers: dict[int, ZmqKvEventPublisher] = {}
         self._owed: set[int] = set()  # ranks whose readers missed something
 
     async def run(self) -> None:
         """Ask until cancelled. What was taken from the engine until then is published."""
         try:
-            self._publisher(0)
+            for rank in range(self._ranks):
+                self._publisher(rank)
             async with asyncio.TaskGroup() as group:
                 group.create_task(
                     self._repeat(

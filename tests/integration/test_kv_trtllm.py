@@ -1,0 +1,284 @@
+"""TensorRT-LLM's events over the wire: engine → poller → ZMQ → our pipeline → index."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+import zmq
+
+from llm_worker.kv.events import Hash
+from llm_worker.kv.index import Index, Source
+from llm_worker.kv.listener import Listener
+from llm_worker.kv.pipeline import Pipeline
+from llm_worker.kv.poller import BATCH_EVENTS, Poller
+from llm_worker.kv.publisher import ZmqKvEventPublisher
+from llm_worker.kv.trtllm import Translator
+from trtllm_events import BLOCK_SIZE, Engine, block, created, removed, stored, updated
+
+LOCAL = "tcp://127.0.0.1:0"
+
+Contents = dict[tuple[str, str | None], dict[Hash, Hash | None]]
+
+
+class Worker:
+    """A TensorRT-LLM worker with the poller beside it, and its readers."""
+
+    def __init__(self, buffer_batches: int = 10_000) -> None:
+        self.engine = Engine()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.publishers: dict[int, ZmqKvEventPublisher] = {}
+        self.poller = Poller(self.engine, self._publisher, Translator(BLOCK_SIZE), ranks=2)
+        self.pipeline = Pipeline(Index(), context=self.context)
+        self.listeners: dict[int, Listener] = {}
+        self._buffer_batches = buffer_batches
+        self.pipeline.start()
+
+    def _publisher(self, rank: int) -> ZmqKvEventPublisher:
+        self.publishers[rank] = ZmqKvEventPublisher(
+            LOCAL,
+            BLOCK_SIZE,
+            "kv",
+            replay_endpoint=LOCAL,
+            data_parallel_rank=rank,
+            buffer_batches=self._buffer_batches,
+            context=self.context,
+        )
+        return self.publishers[rank]
+
+    def listen(self, rank: int = 0) -> Source:
+        socket = self.publishers[rank].socket
+        self.listeners[rank] = self.pipeline.listen(
+            socket.endpoint,
+            socket.replay_endpoint,
+            worker="trtllm",
+            rank=rank,
+            topic="kv",
+            block_size=BLOCK_SIZE,
+        )
+        return self.pipeline.index.source("trtllm", rank)
+
+    def settled(self) -> bool:
+        """Everything that was published is indexed."""
+        return not self.engine.events and all(
+            listener.stats.sequence == self.publishers[rank].socket.sequence(b"kv")
+            for rank, listener in self.listeners.items()
+        )
+
+
+@asynccontextmanager
+async def running(worker: Worker) -> AsyncIterator[None]:
+    task = asyncio.create_task(worker.poller.run())
+    try:
+        await eventually(lambda: 1 in worker.publishers)
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    made.pipeline.close()
+    made.context.destroy(linger=0)
+
+
+async def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "in vain"
+        await asyncio.sleep(0.005)
+
+
+def contents(source: Source) -> Contents:
+    return {
+        (lane.medium, lane.adapter): dict(lane.parents) for lane in source.lanes() if lane.parents
+    }
+
+
+class Truth:
+    """An engine with attention DP that stores, moves and evicts at random, and what it holds.
+
+    Two attention windows, blocks that are not full, one LoRA adapter; hashes signed.
+    """
+
+    def __init__(self, seed: int, ranks: int) -> None:
+        self.random = random.Random(seed)
+        self.ranks = ranks
+        self.ids = [0] * ranks
+        self.held: list[dict[int, tuple[str, str | None, int | None]]] = [{} for _ in range(ranks)]
+        self.partial: list[list[int]] = [[] for _ in range(ranks)]
+
+    def start(self) -> Iterator[dict[str, Any]]:
+        for rank in range(self.ranks):
+            yield created(self._id(rank), attention_dp_rank=rank, window_size=32)
+            yield created(self._id(rank), attention_dp_rank=rank)
+
+    def step(self) -> Iterator[dict[str, Any]]:
+        rank = self.random.randrange(self.ranks)
+        held = self.held[rank]
+        here = {"attention_dp_rank": rank}
+        what = self.random.random()
+        if what < 0.5 or not held:
+            parent = self.random.choice([None, *held])
+            adapter = self.random.choice([None, "a"]) if parent is None else held[parent][1]
+            more: dict[str, Any] = {"lora_name": adapter} if adapter else {}
+            chain = [self._hash() for _ in range(self.random.randrange(1, 5))]
+            blocks = [block(value, **more) for value in chain]
+            before = parent
+            for value in chain:
+                held[value] = ("gpu", adapter, before)
+                before = value
+            if self.random.random() < 0.3:
+                self.partial[rank].append(self._hash())
+                blocks.append(block(self.partial[rank][-1], tokens=2, **more))
+            yield stored(self._id(rank), *blocks, parent=parent, **here)
+            yield stored(self._id(rank), *blocks, parent=parent, window_size=32, **here)
+        elif what < 0.7:
+            value = self.random.choice([*held])
+            medium, adapter, parent = held[value]
+            held[value] = ("cpu" if medium == "gpu" else "gpu", adapter, parent)
+            new = 1 if medium == "gpu" else 0
+            yield updated(self._id(rank), value, 1 - new, new, **here)
+        else:
+            gone = self.random.sample([*held], min(len(held), self.random.randrange(1, 6)))
+            for value in gone:
+                del held[value]
+            if self.partial[rank]:
+                gone.append(self.partial[rank].pop())
+            yield removed(self._id(rank), *gone, **here)
+            yield removed(self._id(rank), *gone, window_size=32, **here)
+
+    def expected(self, rank: int) -> Contents:
+        found: Contents = {}
+        for value, (medium, adapter, parent) in self.held[rank].items():
+            lane = found.setdefault((medium, adapter), {})
+            lane[value % (1 << 64)] = None if parent is None else parent % (1 << 64)
+        return found
+
+    def _id(self, rank: int) -> int:
+        self.ids[rank] += 1
+        return self.ids[rank] - 1
+
+    def _hash(self) -> int:
+        return self.random.randrange(-(1 << 63), 1 << 63)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_index_holds_what_the_engine_holds(worker: Worker, seed: int) -> None:
+    """After thousands of events of two ranks: by medium and adapter, with parents; not stale."""
+
+    async def scenario() -> None:
+        truth = Truth(seed, ranks=2)
+        async with running(worker):
+            worker.engine.happen(truth.start())
+            sources = [worker.listen(0), worker.listen(1)]
+            for _ in range(40):
+                for _ in range(50):
+                    worker.engine.happen(truth.step())
+                await asyncio.sleep(0.001)
+            await eventually(worker.settled)
+            for rank, source in enumerate(sources):
+                assert contents(source) == truth.expected(rank)
+                assert source.stale == frozenset()
+                assert source.stats.duplicate_blocks == 0
+                assert source.stats.unknown_removed_blocks == 0
+        stats = worker.poller.translator.stats
+        assert stats.gaps == 0
+        assert stats.losses == {}
+        assert min(stats.filtered_blocks["window"], stats.filtered_blocks["partial"]) > 10
+
+    asyncio.run(scenario())
+
+
+def test_a_burst_is_split_into_messages_of_a_bounded_size(worker: Worker) -> None:
+    """And is indexed whole, by a reader that comes after it."""
+
+    async def scenario() -> None:
+        async with running(worker):
+            count = 5 * BATCH_EVENTS
+            worker.engine.happen([created(), *(stored(n, block(n)) for n in range(1, count))])
+            await eventually(lambda: not worker.engine.events)
+            source = worker.listen()
+            await eventually(worker.settled)
+            assert source.blocks() == {"gpu": count - 1}
+            assert source.stale == frozenset()
+            assert worker.publishers[0].stats.published_batches == 5
+
+    asyncio.run(scenario())
+
+
+def test_lost_events_leave_the_index_empty_and_stale_until_the_engine_starts_again(
+    worker: Worker,
+) -> None:
+    """No block is claimed that may be gone, and nobody takes the rest for everything.
+
+    TensorRT-LLM drops its oldest events when nobody asks in time, and cannot be asked what it
+    holds. A restart makes the index true again.
+    """
+
+    async def scenario() -> None:
+        async with running(worker):
+            source = worker.listen()
+            worker.engine.happen([created(), stored(1, block(1), block(2))])
+            await eventually(worker.settled)
+            await eventually(lambda: not source.stale)
+            worker.engine.happen([stored(7, block(8))])  # 2 to 6 are gone
+            await eventually(lambda: "gap" in source.stale)
+            await eventually(worker.settled)
+            assert source.hashes() == {8}
+            assert worker.poller.translator.stats.missed_events == 5
+            worker.engine.happen([removed(8, 1), removed(9, 8)])
+            await eventually(lambda: source.hashes() == set())
+            assert "gap" in source.stale
+            assert source.stats.unknown_removed_blocks == 0
+
+            worker.engine.happen([created(), stored(1, block(3))])
+            await eventually(lambda: source.hashes() == {3})
+            await eventually(lambda: not source.stale)
+
+    asyncio.run(scenario())
+
+
+def test_a_reader_that_comes_late_learns_of_a_loss_from_the_replay(worker: Worker) -> None:
+    """The hole in the numbers is in the replay as well."""
+
+    async def scenario() -> None:
+        async with running(worker):
+            worker.engine.happen(
+                [created(), stored(1, block(1)), removed(5, 9), stored(6, block(2))]
+            )
+            await eventually(lambda: not worker.engine.events)
+            await asyncio.sleep(0.1)
+            source = worker.listen()
+            await eventually(worker.settled)
+            await eventually(lambda: "gap" in source.stale)
+            assert source.hashes() == {2}
+
+    asyncio.run(scenario())
+
+
+def test_a_reader_that_comes_too_late_knows_it(worker: Worker) -> None:
+    """The ring has aged: what was before its oldest batch is not known."""
+    worker._buffer_batches = 2
+
+    async def scenario() -> None:
+        async with running(worker):
+            seen = worker.poller.translator.stats.events
+            for number in range(6):
+                worker.engine.happen([stored(number, block(number)) if number else created()])
+                await eventually(lambda number=number: seen["stored"] == number)  # type: ignore[misc]
+            source = worker.listen()
+            await eventually(worker.settled)
+            assert source.hashes() == {4, 5}
+            await eventually(lambda: "missed_first" in source.stale)
+
+    asyncio.run(scenario())
