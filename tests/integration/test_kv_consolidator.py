@@ -1,0 +1,198 @@
+"""Two real sources merged: vLLM's KV-cache manager and its CPU offloading manager, both evicting.
+
+The offloading connector runs on CUDA only. What decides which blocks are where, and tells of it,
+is the scheduler's half of it, which needs no GPU; only the copying is left out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import pytest
+
+from llm_worker.kv.consolidator import Consolidator
+from llm_worker.kv.events import Decoder, Hash
+from llm_worker.kv.index import Index, Source
+
+pytestmark = pytest.mark.needs("vllm")
+
+BLOCK_SIZE = 16
+GPU_BLOCKS = 40
+CPU_BLOCKS = 24
+
+
+class Engine:
+    """Requests go through vLLM's KV-cache manager; what they computed is offloaded."""
+
+    def __init__(self, seed: int) -> None:
+        import torch
+        from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import (
+            OffloadingEventsTracker,
+            get_offloading_event_group_spec,
+        )
+        from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+            GroupOffloadConfig,
+        )
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.kv_offload.base import OffloadingKVEventsConfig
+        from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+
+        init_none_hash(sha256)
+        self.random = random.Random(seed)
+        self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+        spec = FullAttentionSpec(
+            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
+        )
+        group = KVCacheGroupSpec(["layer"], spec)
+        self.gpu = KVCacheManager(
+            KVCacheConfig(num_blocks=GPU_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[group]),
+            max_model_len=1024,
+            scheduler_block_size=BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
+            enable_kv_cache_events=True,
+        )
+        self.cpu = CPUOffloadingManager(CPU_BLOCKS, enable_events=True)
+        self.tracker = OffloadingEventsTracker(
+            OffloadingKVEventsConfig(enable_kv_cache_events=True, self_describing_kv_events=True)
+        )
+        self.group = GroupOffloadConfig(
+            group_idx=0,
+            tokens_per_block=BLOCK_SIZE,
+            tokens_per_chunk=BLOCK_SIZE,
+            hashes_per_chunk=1,
+            kv_event_group_spec=get_offloading_event_group_spec(group),
+            sliding_window_size_in_chunks=None,
+            kv_cache_spec=spec,
+            manager_cls=FullAttentionManager,
+        )
+        self.prefixes = [self._tokens(3) for _ in range(4)]
+        self.served = 0
+
+    def serve(self) -> None:
+        """One request: half of the time its beginning was seen before."""
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.kv_offload.base import ReqContext, make_offload_key
+        from vllm.v1.request import Request
+
+        self.served += 1
+        prefix = self.random.choice(self.prefixes) if self.random.random() < 0.5 else []
+        request = Request(
+            f"r{self.served}",
+            prefix + self._tokens(self.random.randrange(1, 6)) + [7],
+            SamplingParams(max_tokens=1),
+            None,
+            block_hasher=self.hasher,
+        )
+        computed, count, *_ = self.gpu.get_computed_blocks(request)
+        slots = self.gpu.allocate_slots(request, request.num_tokens - count, count, computed)
+        assert slots is not None
+        context = ReqContext(request.request_id)
+        self.cpu.on_new_request(context)
+        keys = [make_offload_key(value, 0) for value in request.block_hashes]
+        stored = self.cpu.prepare_store(keys, context)
+        if stored is not None:
+            for chunk, key in enumerate(keys):
+                if key in stored.keys_to_store:
+                    self.tracker.record_store(request, self.group, chunk, key)
+            self.cpu.complete_store(stored.keys_to_store, context)
+        self.gpu.free(request)
+
+    def reset(self) -> None:
+        """The GPU's prefix cache only, as ``reset_prefix_cache`` does without its option."""
+        assert self.gpu.reset_prefix_cache()
+
+    def gpu_events(self) -> bytes:
+        return encode(self.gpu.take_events())
+
+    def cpu_events(self) -> bytes:
+        return encode(self.tracker.take_events(self.cpu.take_events()))
+
+    def truth(self) -> dict[str, set[Hash]]:
+        """What both managers hold, by medium, with the hashes as vLLM publishes them."""
+        from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+        from vllm.v1.kv_offload.base import get_offload_block_hash
+
+        pool = self.gpu.block_pool
+        gpu = {
+            maybe_convert_block_hash(get_block_hash(block.block_hash))
+            for block in pool.blocks
+            if block.block_hash is not None
+        }
+        policy: Any = self.cpu._policy
+        cpu = {maybe_convert_block_hash(get_offload_block_hash(key)) for key in policy.chunks}
+        return {medium: held for medium, held in (("gpu", gpu), ("cpu", cpu)) if held}
+
+    def _tokens(self, blocks: int) -> list[int]:
+        return [self.random.randrange(1000) for _ in range(blocks * BLOCK_SIZE)]
+
+
+def encode(events: Iterable[Any]) -> bytes:
+    from vllm.distributed.kv_events import KVEventBatch
+
+    return msgspec.msgpack.encode(KVEventBatch(0.0, list(events), 0))
+
+
+def held(source: Source) -> dict[str, set[Hash]]:
+    return {lane.medium: set(lane.parents) for lane in source.lanes() if lane.parents}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_merged_stream_of_two_real_managers_is_what_both_hold(seed: int) -> None:
+    """Through hundreds of evictions on both sides, and resets of one of them."""
+    engine = Engine(seed)
+    decode = Decoder().decode
+    merge = Consolidator()
+    merged = Index().source("merged", 0)
+    resets = 0
+    for turn in range(150):
+        for _ in range(engine.random.randrange(1, 4)):
+            engine.serve()
+        if turn % 50 == 30:
+            engine.reset()
+            resets += 1
+        payloads = [("engine", engine.gpu_events()), ("connector", engine.cpu_events())]
+        engine.random.shuffle(payloads)
+        for source, payload in payloads:
+            batch = decode(payload)
+            assert not batch.rejected
+            merged.apply(merge.feed(source, 0, batch.events))
+        assert held(merged) == engine.truth()
+    assert merged.stats.removed_blocks > 500, "no pressure"
+    assert merged.stats.unknown_removed_blocks == merged.stats.duplicate_blocks == 0
+    assert resets == 3
+    assert merged.stats.cleared_events == 0, "the connector held on to its blocks"
+
+
+def test_what_two_publishers_tell_of_is_told_once() -> None:
+    """vLLM puts a connector's events into its own stream, and the connector may publish them, too.
+
+    Its own stream's clear is then of the connector's blocks as well, for all that can be read from
+    it; the connector's own word for them is what keeps them.
+    """
+    engine = Engine(7)
+    decode = Decoder().decode
+    merge = Consolidator()
+    merged = Index().source("merged", 0)
+    late: list[bytes] = []
+    for turn in range(100):
+        engine.serve()
+        if turn == 60:
+            engine.reset()
+        offloaded = engine.cpu_events()
+        late.append(offloaded)
+        for payload in (engine.gpu_events(), offloaded):
+            merged.apply(merge.feed("engine", 0, decode(payload).events))
+        if engine.random.random() < 0.3:  # its own publisher is behind
+            for payload in late:
+                merged.apply(merge.feed("connector", 0, decode(payload).events))
+            late.clear()
+            assert held(merged) == engine.truth()
+    assert merge.stats.stored_elsewhere_blocks > 100
+    assert merged.stats.duplicate_blocks == 0
