@@ -307,7 +307,7 @@ def ours(control: Connection, endpoints: list[str], counts: list[int], kind: Kin
     control.send("connected")
     last = [count - 1 for count in counts]
     while [listener.stats.sequence for listener in listeners] != last:
-        if control.poll(0.002):
+        if control.poll(0.01):
             return
     stats = [listener.stats for listener in listeners]
     lost = sum(s.batches_lost + s.gaps.total() for s in stats)

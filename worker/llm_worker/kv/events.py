@@ -251,15 +251,17 @@ class Decoder:
             return self._today(batch)
         for event in batch.events:  # what the wire leaves out, or spells otherwise
             medium = event.medium
-            if isinstance(event, BlockStored):
+            if type(event) is BlockStored:
                 if event.lora_id is not None and event.adapter is None:
                     event.adapter = str(event.lora_id)
-            elif isinstance(event, AllBlocksCleared):
-                event.medium = medium and _medium(medium)
+                if event.group is None:
+                    event.group = 0
+            elif type(event) is BlockRemoved:
+                if event.group is None:
+                    event.group = 0
+            elif medium is None:  # all of them
                 continue
             event.medium = "gpu" if medium == "GPU" else _medium(medium)
-            if event.group is None:
-                event.group = 0
         return batch
 
     def _decode_otherwise(self, payload: bytes | memoryview) -> Any:

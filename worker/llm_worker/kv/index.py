@@ -101,57 +101,66 @@ class Source:
         # What a removal can mean: it says medium and group, not the adapter.
         self._removable: dict[tuple[str, int], list[Lane]] = {}
 
-    def apply(self, events: Sequence[Event]) -> None:
+    def apply(self, events: Sequence[Event]) -> None:  # noqa: PLR0912, PLR0915  # the hot path
         """Bring the source up to date with events of its publisher, in their order."""
-        lanes, stats, index = self._lanes, self.stats, self._index
-        room = index.room_blocks
+        stats, index = self.stats, self._index
+        room = before = index.room_blocks
+        stored = stored_events = removed_events = unknown = 0
+        parents: dict[Hash, Hash | None] | None = None  # where removals of medium, group go
+        medium, group = "", 0
         for event in events:
-            if isinstance(event, BlockStored):
+            if type(event) is BlockStored:
+                stored_events += 1
                 hashes = event.hashes
                 count = len(hashes)
-                stats.stored_events += 1
-                lane = lanes.get((event.medium, event.group, event.adapter))
-                if lane is None:
-                    lane = self._new_lane(event)
-                    if lane is None:
-                        stats.refused_blocks += count
-                        continue
-                if event.block_size != lane.block_size or count > room:
-                    room -= self._store_each(lane, event, room)
-                    continue
-                parents, parent = lane.parents, event.parent
-                before = len(parents)
-                for value in hashes:  # faster than any one call of dict: measured
-                    parents[value] = parent
-                    parent = value
-                new = len(parents) - before
-                stats.stored_blocks += new
+                lane = self._lanes.get((event.medium, event.group, event.adapter))
+                if lane is None or event.block_size != lane.block_size or count > room:
+                    new = self._store_each(lane, event, room)
+                    parents = None
+                else:
+                    table, parent = lane.parents, event.parent
+                    new = -len(table)
+                    for value in hashes:  # faster than any one call of dict
+                        table[value] = parent
+                        parent = value
+                    new += len(table)
+                    if new != count:
+                        self._count_copies(lane, hashes, new)
+                        parents = None
+                stored += new
                 room -= new
-                if new != count:
-                    self._count_copies(lane, hashes, new)
-            elif isinstance(event, BlockRemoved):
-                hashes = event.hashes
-                count = len(hashes)
-                stats.removed_events += 1
-                candidates = self._removable.get((event.medium, event.group), ())
-                if len(candidates) != 1 or (lane := candidates[0]).copies or lane.sizes:
-                    room += self._remove_each(candidates, hashes)
-                    continue
-                parents = lane.parents
-                before = len(parents)
-                for value in hashes:
-                    parents.pop(value, None)
-                gone = before - len(parents)
-                stats.removed_blocks += gone
-                room += gone
-                if gone != count:
-                    stats.unknown_removed_blocks += count - gone
+            elif type(event) is BlockRemoved:
+                removed_events += 1
+                if parents is None or event.medium is not medium or event.group != group:
+                    medium, group = event.medium, event.group
+                    lanes = self._removable.get((medium, group), ())
+                    if len(lanes) != 1 or lanes[0].copies or lanes[0].sizes:
+                        room += self._remove_each(lanes, event.hashes)
+                        parents = None
+                        continue
+                    parents = lanes[0].parents
+                for value in event.hashes:
+                    if value in parents:
+                        del parents[value]
+                        room += 1
+                    else:
+                        unknown += 1
             else:
                 stats.cleared_events += 1
+                stats.removed_blocks += room - before + stored
+                stats.stored_blocks += stored
+                stored = 0
                 index.room_blocks = room
                 self.clear(event.medium)
-                lanes, room = self._lanes, index.room_blocks
+                room = before = index.room_blocks
+                parents = None
         index.room_blocks = room
+        stats.stored_events += stored_events
+        stats.stored_blocks += stored
+        if removed_events:
+            stats.removed_events += removed_events
+            stats.removed_blocks += room - before + stored
+            stats.unknown_removed_blocks += unknown
 
     def clear(self, medium: str | None = None) -> None:
         """Forget every block, or those of one medium. At once: it does not look at the blocks."""
@@ -275,13 +284,18 @@ class Source:
                 lane.copies[value] = lane.copies.get(value, 0) + 1
                 self.stats.duplicate_blocks += 1
 
-    def _store_each(self, lane: Lane, event: BlockStored, room: int) -> int:
-        """Store block by block: some are held, or of another size, or do not fit.
+    def _store_each(self, lane: Lane | None, event: BlockStored, room: int) -> int:
+        """Store block by block: the lane is new, some are of another size, or do not fit.
 
         Returns:
             How many are new.
         """
-        stats, parents, copies = self.stats, lane.parents, lane.copies
+        stats = self.stats
+        lane = lane or self._new_lane(event)
+        if lane is None:
+            stats.refused_blocks += len(event.hashes)
+            return 0
+        parents, copies = lane.parents, lane.copies
         parent, new = event.parent, 0
         if not parents:
             lane.block_size = event.block_size
@@ -299,7 +313,6 @@ class Source:
                 stats.refused_blocks += 1
                 self.mark_stale("index_full")
             parent = value
-        stats.stored_blocks += new
         return new
 
     def _remove_each(self, candidates: Sequence[Lane], hashes: Sequence[Hash]) -> int:
@@ -327,7 +340,6 @@ class Source:
                 break
             else:
                 stats.unknown_removed_blocks += 1
-        stats.removed_blocks += removed
         return removed
 
 
