@@ -110,6 +110,10 @@ class Stream:
         self.ask: Ask | None = None
         self.next: int | None = None  # the sequence expected; None: not known yet
         self._replayable = replayable
+        # Whether a batch that is older than its predecessor is taken for another process's. It
+        # is one that was still queued here when its process went, or the clock was set back: asking
+        # for it tells.
+        self._verifies = replayable and not epochs
         self._epochs = epochs
         self._capacity = capacity_batches
         self._block_size = block_size
@@ -131,6 +135,7 @@ class Stream:
     def connected(self) -> None:
         """There is a publisher: ask it where it stands."""
         self.stats.connected = True
+        self._drop_unverified()
         if self.next is not None and self.next == self._first_of(self.next):
             self.next = None  # it had published nothing
         if self.next is None:
@@ -196,10 +201,14 @@ class Stream:
         elif recovery.kind == "resume":
             # It does not have the last batch that we have: it is not the process that sent it.
             self._restart(0)
-        elif self._held:
-            self._retry(recovery, "truncated" if recovery.applied else "aged_out")
         else:
-            self._complete(recovery)
+            self._take_unverified()
+            if self._recovery is not recovery:
+                pass  # among them was another process's
+            elif self._held:
+                self._retry(recovery, "truncated" if recovery.applied else "aged_out")
+            else:
+                self._complete(recovery)
         self._count_queue()
 
     def replay_failed(self, outcome: str) -> None:
@@ -238,6 +247,7 @@ class Stream:
         first = expected = self.next
         decode, apply, source, outlets = self._decode, self.source.apply, self.source, self._outlets
         number = int.from_bytes
+        latest = self._timestamp if self._verifies else float("-inf")
         applied: Batch | None = None
         oldest = 0.0
         for frame, payload in messages:
@@ -248,12 +258,15 @@ class Stream:
                 batch = decode(payload)
             except WireError:
                 break
-            if type(batch) is not Batch:  # only a part of it was understood
+            # Only a part of it was understood; or it is older than its predecessor.
+            if type(batch) is not Batch or batch.timestamp < latest:
                 break
             apply(batch.events)
             if expected == first:
                 oldest = batch.timestamp
             expected += 1
+            if self._verifies:
+                latest = batch.timestamp
             if outlets:
                 for outlet in outlets:
                     outlet.publish(source, payload, batch.events, batch.timestamp)
@@ -284,6 +297,9 @@ class Stream:
         elif sequence < self.next:
             self._behind(sequence, payload)
         elif sequence == self.next and (recovery is None or recovery.kind != "snapshot"):
+            if self._is_older(payload):
+                self.stats.batches_duplicate += 1
+                return
             if self._doubtful:
                 self._doubtful = False
                 self.source.trust("disconnected")
@@ -294,6 +310,15 @@ class Stream:
                 self._healed_by_itself()
         else:
             self._ahead(sequence, payload)
+
+    def _is_older(self, payload: bytes) -> bool:
+        """Whether a batch was made before the last one applied, which has a lower number."""
+        if not self._verifies:
+            return False
+        try:
+            return self._decode(payload).timestamp < self._timestamp
+        except WireError:
+            return False
 
     def _first(self, sequence: int, payload: bytes, wall: float) -> None:
         """The first batch ever, and nobody could be asked for what was before it."""
@@ -363,14 +388,12 @@ class Stream:
         self.stats.gaps["restart"] += 1
         self._held.clear()
         self._doubtful = self._lost_for_good = False
-        self._timestamp = 0.0
         self._recovery = None
         self.ask = None
-        self.clear(0.0)
+        self.clear(self._timestamp)
+        self._timestamp = 0.0
         self.source.trust(*DATA_REASONS, "disconnected")
-        # They are the old process's or in the new one's memory: which, cannot be told.
-        self.stats.batches_dropped += len(self._unverified)
-        self._unverified.clear()
+        self._drop_unverified()
         if payload is None and self._epochs:
             self.next = None
             self.source.mark_stale("unsynchronised")
@@ -419,7 +442,7 @@ class Stream:
         """Remember the last batch applied."""
         self.stats.sequence = sequence
         self.stats.last_batch_timestamp_seconds = batch.timestamp
-        self._timestamp = max(self._timestamp, batch.timestamp)
+        self._timestamp = batch.timestamp
         for event in batch.events:
             if isinstance(event, BlockStored) and not event.group and event.block_size:
                 if self._block_size is None:
@@ -430,7 +453,6 @@ class Stream:
 
     def _publish_cleared(self, timestamp: float) -> None:
         if self._outlets:
-            timestamp = timestamp or self._timestamp
             events: list[Event] = [AllBlocksCleared()]
             payload = encode(timestamp, events, self.source.rank)
             for outlet in self._outlets:
@@ -442,6 +464,9 @@ class Stream:
         while held and self.next is not None:
             payload = held.pop(self.next, None)
             if payload is None:
+                return
+            if self._is_older(payload):
+                self.stats.batches_duplicate += 1
                 return
             self._apply(self.next, payload)
             self.stats.batches_late += 1
@@ -467,9 +492,8 @@ class Stream:
         """Tell by the first reply whether the publisher is the one that we know."""
         if recovery.kind == "initial":
             recovery.kind = "catch_up"
-            self.next = min([sequence, *(number for number, _ in self._unverified)])
+            self.next = sequence
             self._missed_start()
-            self._take_unverified()
             return True
         assert self.next is not None
         if self._epochs and sequence >> EPOCH_BITS != self.next >> EPOCH_BITS:
@@ -480,7 +504,6 @@ class Stream:
                 self._restart(0)
                 return False
             recovery.kind = "catch_up"
-            self._take_unverified()
         return True
 
     def _is_other(self, payload: bytes) -> bool:
@@ -516,12 +539,16 @@ class Stream:
     def _give_up_until(self, sequence: int) -> None:
         """What is missing before ``sequence`` cannot be had."""
         assert self.next is not None
-        if sequence > self.next:
-            at_start = self.next == self._first_of(self.next)
-            self.stats.batches_lost += sequence - self.next
-            self._mistrust("missed_first" if at_start else "gap")
-            self._lost_for_good = self._lost_for_good or not at_start
-            self.next = sequence
+        for number in [*sorted(number for number in self._held if number < sequence), sequence]:
+            if number > self.next:
+                at_start = self.next == self._first_of(self.next)
+                self.stats.batches_lost += number - self.next
+                self._mistrust("missed_first" if at_start else "gap")
+                self._lost_for_good = self._lost_for_good or not at_start
+                self.next = number
+            if number < sequence:
+                self._apply(number, self._held.pop(number))
+                self.stats.batches_late += 1
 
     def _retry(self, recovery: _Recovery, outcome: str) -> None:
         """The answer did not do: ask again, or go on without."""
@@ -578,16 +605,24 @@ class Stream:
         for sequence, payload in unverified:
             self._arrived(sequence, payload, 0.0)
 
+    def _drop_unverified(self) -> None:
+        """They are an old process's or in the present one's memory: which, cannot be told."""
+        self.stats.batches_dropped += len(self._unverified)
+        self._unverified.clear()
+
     def _count_queue(self) -> None:
         self.stats.queue_batches = len(self._held) + len(self._unverified)
 
     def _synchronised_empty(self) -> None:
-        """The publisher has published nothing so far."""
+        """The publisher had published nothing when it was asked."""
         self._end()
         if not self._epochs:
             self.next = 0
         self.source.trust("unsynchronised", "disconnected")
-        self._take_unverified()
+        if self._unverified:
+            # They came since, or are left from before: ask for them.
+            self._drop_unverified()
+            self._begin("tail" if self.next is not None else "initial", self.next or 0)
 
     def _end(self) -> None:
         self._recovery = None

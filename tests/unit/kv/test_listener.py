@@ -1,0 +1,629 @@
+"""The account of a stream: whatever happens on the way, the index is right or says it is not."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
+from llm_worker.kv.index import Index, Source
+from llm_worker.kv.listener import connectable
+from llm_worker.kv.stats import ListenerStats
+from llm_worker.kv.stream import ATTEMPTS, EPOCH_BITS, Stream
+
+UNKNOWN = b"\x93\xcb\x40\x59\x00\x00\x00\x00\x00\x00\x91\x81\xa4type\xa4Nope\xc0"
+
+
+def stored(*hashes: int, block_size: int = 16) -> BlockStored:
+    return BlockStored(hashes=list(hashes), parent=None, block_size=block_size)
+
+
+def removed(*hashes: int) -> BlockRemoved:
+    return BlockRemoved(hashes=list(hashes))
+
+
+class Publisher:
+    """A process that publishes as vLLM does: it numbers, remembers the last batches, and restarts.
+
+    ``blocks`` is the truth: how often it holds each block.
+    """
+
+    def __init__(self, memory: int = 10_000, epoch: int | None = None) -> None:
+        self.first = 0 if epoch is None else epoch << EPOCH_BITS
+        self.memory = memory
+        self.sent: list[tuple[int, bytes]] = []
+        self.blocks: Counter[int] = Counter()
+        self.clock = 100.0
+
+    def publish(self, *events: Event) -> tuple[int, bytes]:
+        self.clock += 1.0
+        for event in events:
+            if isinstance(event, BlockStored):
+                self.blocks.update(event.hashes)  # type: ignore[arg-type]
+            elif isinstance(event, BlockRemoved):
+                self.blocks.subtract(event.hashes)  # type: ignore[arg-type]
+            else:
+                self.blocks.clear()
+        message = (self.first + len(self.sent), encode(self.clock, events, 0))
+        self.sent.append(message)
+        return message
+
+    def restart(self) -> None:
+        self.sent.clear()
+        self.blocks.clear()
+        if self.first:
+            self.first += 1 << EPOCH_BITS
+
+    def kept(self, start: int) -> list[tuple[int, bytes]]:
+        return [message for message in self.sent[-self.memory :] if message[0] >= start]
+
+    def held(self) -> set[int]:
+        return {value for value, count in self.blocks.items() if count > 0}
+
+
+class Outlet:
+    def __init__(self) -> None:
+        self.payloads: list[bytes] = []
+
+    def publish(
+        self, source: Source, payload: bytes, events: Sequence[Event], timestamp: float
+    ) -> None:
+        self.payloads.append(payload)
+
+
+class Ear:
+    """A stream with its index, and a publisher that answers it when told to."""
+
+    def __init__(self, publisher: Publisher | None = None, **options: object) -> None:
+        self.publisher = publisher or Publisher()
+        self.outlet = Outlet()
+        self.source = Index().source("w", 0)
+        self.stats = ListenerStats("w", 0)
+        self.stream = Stream(
+            self.source,
+            self.stats,
+            epochs=bool(self.publisher.first),
+            outlets=[self.outlet],
+            **options,  # type: ignore[arg-type]
+        )
+
+    def connect(self) -> Ear:
+        self.stream.connected()
+        self.answer()
+        return self
+
+    def hear(self, *messages: tuple[int, bytes]) -> None:
+        self.stream.live([(number.to_bytes(8, "big"), payload) for number, payload in messages], 0)
+
+    def answer(self, *, most: int | None = None, leave_out: Sequence[int] = ()) -> int:
+        """Answer all questions, the first one with ``most`` batches and no end."""
+        questions = 0
+        while (ask := self.stream.ask) is not None:
+            questions += 1
+            assert questions < 100, "it asks for ever"
+            if ask.start is None:
+                self.snapshot()
+                continue
+            for number, payload in self.publisher.kept(ask.start)[:most]:
+                if number not in leave_out:
+                    self.stream.replayed(number, payload)
+                if self.stream.ask is not ask:
+                    break
+            if self.stream.ask is ask:
+                if most is None:
+                    self.stream.replay_ended()
+                else:
+                    self.stream.replay_failed("timeout")
+            most, leave_out = None, ()
+        return questions
+
+    def snapshot(self) -> None:
+        last = self.publisher.first + len(self.publisher.sent) - 1
+        for events in ([AllBlocksCleared()], [stored(*self.publisher.blocks.elements())]):
+            self.stream.replayed(last, encode(self.publisher.clock, events, 0))
+        self.stream.replay_ended()
+
+    def fail(self, outcome: str = "timeout") -> None:
+        assert self.stream.ask is not None
+        self.stream.replay_failed(outcome)
+
+    def held(self) -> set[object]:
+        return set(self.source.hashes())
+
+    def is_true(self) -> bool:
+        return not self.source.stale and self.held() == self.publisher.held()
+
+
+def test_batches_in_order_are_applied_and_handed_on_verbatim() -> None:
+    """The usual case: no copy, no re-encoding, no question."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(5)]
+    ear.hear(*messages)
+    assert ear.is_true()
+    assert ear.stats.batches_applied == 5
+    assert ear.stats.sequence == 4
+    assert ear.outlet.payloads == [payload for _, payload in messages]
+    assert ear.stream.ask is None
+
+
+def test_before_the_publisher_answered_the_source_is_unsynchronised() -> None:
+    """An index that has heard nothing says so instead of answering that nothing is held."""
+    ear = Ear()
+    ear.stream.connected()
+    assert ear.source.stale == {"unsynchronised"}
+    assert ear.stream.ask is not None
+    assert ear.stream.ask.start == 0
+
+
+def test_a_publisher_that_published_nothing_yet_is_synchronised_and_empty() -> None:
+    """It answers with the end only."""
+    ear = Ear().connect()
+    assert ear.is_true()
+    ear.hear(ear.publisher.publish(stored(1)))
+    assert ear.is_true()
+
+
+def test_a_late_listener_replays_from_the_start_and_counts_it() -> None:
+    """What was published before it connected, and what arrives while the answer is on its way."""
+    publisher = Publisher()
+    for number in range(10):
+        publisher.publish(stored(number))
+    ear = Ear(publisher)
+    ear.stream.connected()
+    ear.hear(publisher.publish(removed(3)), publisher.publish(stored(11)))
+    ear.answer()
+    assert ear.is_true()
+    assert ear.stats.batches_replayed + ear.stats.batches_late == 12
+    assert ear.stats.batches_lost == 0
+
+
+def test_a_start_that_the_publisher_forgot_marks_missed_first_until_all_is_cleared() -> None:
+    """The blocks from before are unknown; a clear makes that irrelevant."""
+    publisher = Publisher(memory=5)
+    for number in range(20):
+        publisher.publish(stored(number))
+    ear = Ear(publisher).connect()
+    assert ear.source.stale == {"missed_first"}
+    assert ear.stats.gaps == {"initial": 1}
+    assert ear.stats.batches_lost == 15
+    assert ear.held() == set(range(15, 20))
+    ear.hear(publisher.publish(AllBlocksCleared(), stored(7)))
+    assert ear.is_true()
+
+
+def test_without_a_replay_endpoint_a_first_batch_that_is_not_the_first_marks_missed_first() -> None:
+    """And one that is, does not."""
+    publisher = Publisher()
+    publisher.publish(stored(1))
+    for late, stale in ((True, {"missed_first"}), (False, set())):
+        ear = Ear(publisher, replayable=False)
+        ear.stream.connected()
+        ear.fail("unavailable")
+        ear.hear(
+            *(publisher.sent[1:] or [publisher.publish(stored(2))] if late else publisher.sent)
+        )
+        assert ear.source.stale == stale
+        assert (ear.held() == publisher.held()) is not late
+
+
+def test_a_gap_is_replayed_and_what_came_behind_it_waits() -> None:
+    """In order, once each, and trusted all along."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(10)]
+    ear.hear(*messages[:3])
+    ear.hear(*messages[6:8])
+    assert ear.held() == {0, 1, 2}
+    assert ear.stats.queue_batches == 2
+    assert ear.stream.ask is not None
+    assert ear.stream.ask.start == 3
+    ear.hear(*messages[8:])
+    ear.answer()
+    assert ear.is_true()
+    assert ear.stats.gaps == {"gap": 1}
+    assert ear.stats.replays == {"complete": 1}
+    assert ear.stats.queue_batches == 0
+    assert ear.outlet.payloads == [payload for _, payload in messages]
+
+
+def test_a_replay_without_its_middle_and_its_end_is_asked_for_again() -> None:
+    """vLLM 0.32 leaves out what its ROUTER's queue has no room for, without a word."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(50)]
+    ear.hear(messages[0], messages[49])
+    ear.answer(most=30, leave_out=range(10, 20))
+    assert ear.is_true()
+    assert ear.stats.replays["truncated"] >= 1
+    assert ear.stats.batches_lost == 0
+
+
+def test_a_gap_longer_than_the_replay_buffer_marks_the_index_stale() -> None:
+    """What was lost is counted, and the rest goes on."""
+    publisher = Publisher(memory=5)
+    ear = Ear(publisher).connect()
+    messages = [publisher.publish(stored(number)) for number in range(30)]
+    ear.hear(messages[0], messages[29])
+    ear.answer()
+    assert ear.source.stale == {"gap"}
+    assert ear.stats.batches_lost == 24
+    assert ear.stats.replays["aged_out"] == 1
+    ear.hear(publisher.publish(AllBlocksCleared()))
+    assert ear.is_true()
+
+
+def test_a_publisher_that_does_not_answer_is_given_up_with_the_index_stale() -> None:
+    """The stream goes on; while it waits, the index is marked already."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(5)]
+    ear.hear(messages[0], messages[2])
+    ear.fail()
+    assert ear.source.stale == {"gap"}
+    for _ in range(ATTEMPTS - 1):
+        ear.fail()
+    assert ear.stream.ask is None
+    assert ear.held() == {0, 2}
+    assert ear.source.stale == {"gap"}
+    assert ear.stats.replays["timeout"] == ATTEMPTS
+    assert ear.stats.batches_lost == 1
+    ear.hear(*messages[3:])
+    assert ear.held() == {0, 2, 3, 4}
+
+
+def test_an_answer_after_a_failed_attempt_makes_the_index_true_again() -> None:
+    """Mistrust ends with its cause."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(5)]
+    ear.hear(messages[0], messages[4])
+    ear.fail()
+    assert ear.source.stale
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_a_gap_that_was_a_reorder_heals_by_itself() -> None:
+    """Without anybody's answer."""
+    ear = Ear(replayable=False)
+    ear.stream.connected()
+    ear.fail("unavailable")
+    messages = [ear.publisher.publish(stored(number)) for number in range(4)]
+    ear.hear(messages[0], messages[2], messages[3])
+    ear.hear(messages[1])
+    assert ear.is_true()
+    assert ear.stats.batches_late == 2
+    assert ear.stream.ask is None
+
+
+def test_a_duplicate_is_counted_and_changes_nothing() -> None:
+    """A store that is applied twice would outlive its removal."""
+    ear = Ear().connect()
+    first = ear.publisher.publish(stored(1))
+    ear.hear(first, first)
+    ear.hear(ear.publisher.publish(removed(1)), first)
+    assert ear.is_true()
+    assert ear.held() == set()
+    assert ear.stats.batches_duplicate == 2
+    assert ear.stats.gaps == {}
+
+
+def test_a_restart_is_told_from_a_duplicate_by_its_time_and_clears_the_index() -> None:
+    """Number 0 again, but made later than the last batch applied."""
+    ear = Ear().connect()
+    ear.hear(*[ear.publisher.publish(stored(number)) for number in range(5)])
+    ear.publisher.restart()
+    ear.hear(ear.publisher.publish(stored(100)))
+    assert ear.held() == {100}
+    assert ear.is_true()
+    assert ear.stats.gaps == {"restart": 1}
+    assert ear.outlet.payloads[-2] == encode(105.0, [AllBlocksCleared()], 0)
+
+
+def test_a_restart_whose_first_batches_were_missed_is_replayed_from_its_start() -> None:
+    """Not from where the old process was."""
+    ear = Ear().connect()
+    ear.hear(*[ear.publisher.publish(stored(number)) for number in range(5)])
+    ear.publisher.restart()
+    ear.publisher.publish(stored(100))
+    ear.hear(ear.publisher.publish(stored(101)))
+    assert ear.source.stale == {"unsynchronised"}
+    ear.answer()
+    assert ear.held() == {100, 101}
+    assert ear.is_true()
+
+
+@pytest.mark.parametrize("published", [0, 1, 4, 5, 6, 20])
+def test_after_a_reconnect_another_process_is_noticed_however_far_it_got(published: int) -> None:
+    """Its numbers may be below, at or beyond the old one's: its last batch is asked for."""
+    ear = Ear().connect()
+    ear.hear(*[ear.publisher.publish(stored(number)) for number in range(5)])
+    ear.stream.disconnected()
+    assert ear.source.stale == {"disconnected"}
+    ear.publisher.restart()
+    messages = [ear.publisher.publish(stored(100 + number)) for number in range(published)]
+    ear.stream.connected()
+    ear.hear(*messages[-1:])
+    ear.answer()
+    assert ear.is_true()
+    assert ear.stats.gaps["restart"] == 1
+
+
+def test_after_a_reconnect_the_same_process_goes_on_with_what_was_missed() -> None:
+    """No clear, no restart, no loss."""
+    ear = Ear().connect()
+    ear.hear(*[ear.publisher.publish(stored(number)) for number in range(5)])
+    ear.stream.disconnected()
+    ear.publisher.publish(stored(5))
+    ear.publisher.publish(removed(0))
+    ear.stream.connected()
+    ear.hear(ear.publisher.publish(stored(7)))
+    ear.answer()
+    assert ear.is_true()
+    assert ear.stats.gaps["restart"] == 0
+    assert ear.stats.batches_lost == 0
+
+
+def test_after_a_reconnect_with_nobody_to_ask_a_number_that_went_back_is_a_restart() -> None:
+    """Even when the clock was set back meanwhile; one that goes on is the same process."""
+    for goes_on in (True, False):
+        ear = Ear(replayable=False)
+        ear.stream.connected()
+        ear.fail("unavailable")
+        ear.hear(*[ear.publisher.publish(stored(number)) for number in range(5)])
+        ear.stream.disconnected()
+        ear.stream.connected()
+        ear.fail("unavailable")
+        assert ear.source.stale == {"disconnected"}
+        if not goes_on:
+            ear.publisher.restart()
+            ear.publisher.clock = 1.0
+        ear.hear(ear.publisher.publish(stored(50)))
+        assert ear.is_true()
+        assert ear.stats.gaps["restart"] == (0 if goes_on else 1)
+
+
+def test_batches_that_were_lost_at_the_end_are_found_when_it_is_quiet() -> None:
+    """A gap shows with the next batch only, and an idle engine sends none."""
+    ear = Ear().connect()
+    ear.hear(ear.publisher.publish(stored(1)))
+    ear.stream.check_tail()
+    ear.answer()
+    assert ear.stats.gaps == {}
+    ear.publisher.publish(stored(2))
+    ear.stream.check_tail()
+    ear.answer()
+    assert ear.is_true()
+    assert ear.stats.gaps == {"gap": 1}
+    assert ear.stats.batches_replayed == 1
+
+
+def test_the_queue_behind_a_gap_is_bounded_and_what_it_drops_is_replayed() -> None:
+    """Memory stays bounded; nothing is lost."""
+    ear = Ear(capacity_batches=4).connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(20)]
+    ear.hear(*messages[1:])
+    assert ear.stats.queue_batches == 4
+    assert ear.stats.batches_dropped == 15
+    ear.answer()
+    ear.stream.check_tail()
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_an_undecodable_batch_costs_itself_and_marks_the_index() -> None:
+    """The number is used up: no replay would bring another payload."""
+    ear = Ear().connect()
+    ear.hear(ear.publisher.publish(stored(1)))
+    number, _ = ear.publisher.publish(stored(2))
+    ear.hear((number, b"\xc1"))
+    ear.hear(ear.publisher.publish(stored(3)))
+    assert ear.held() == {1, 3}
+    assert ear.source.stale == {"undecodable"}
+    assert ear.stats.undecodable == {"msgpack": 1}
+    assert ear.stats.batches_lost == 1
+    assert ear.stream.ask is None
+
+
+def test_events_of_an_unknown_type_are_counted_and_do_not_mark_the_index() -> None:
+    """What a newer engine says beside stores and removals changes no block that we know of."""
+    ear = Ear().connect()
+    ear.hear((0, UNKNOWN))
+    assert ear.stats.unknown_events == 1
+    assert not ear.source.stale
+
+
+def test_a_number_that_no_publisher_reaches_is_malformed() -> None:
+    """It would make every later batch look like a restart."""
+    ear = Ear().connect()
+    _, payload = ear.publisher.publish(stored(1))
+    ear.hear((2**64 - 1, payload))
+    assert ear.stats.undecodable == {"frames": 1}
+    ear.hear((0, payload))
+    assert ear.is_true()
+
+
+def test_blocks_of_another_size_are_noticed() -> None:
+    """A worker that was started with other settings under the same name."""
+    ear = Ear(block_size=16).connect()
+    ear.hear(ear.publisher.publish(stored(1)))
+    assert ear.stats.odd_block_sizes == 0
+    ear.hear(ear.publisher.publish(stored(2, block_size=128)))
+    assert ear.stats.odd_block_sizes == 1
+
+
+def test_a_batch_that_breaks_the_index_is_skipped_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bug on one payload neither ends the listener nor makes it try that payload for ever."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(3)]
+    ear.hear(messages[0])
+    apply = ear.source.apply
+
+    def broken(events: Sequence[Event]) -> None:
+        if events[0].hashes == [1]:  # type: ignore[union-attr]
+            raise RuntimeError("a bug")
+        apply(events)
+
+    monkeypatch.setattr(Source, "apply", lambda _, events: broken(events))
+    with pytest.raises(RuntimeError):
+        ear.hear(messages[1])
+    assert ear.stream.skip()
+    ear.hear(messages[2])
+    assert ear.held() == {0, 2}
+    assert ear.source.stale == {"undecodable"}
+    assert not ear.stream.skip()
+
+
+def test_a_clear_that_was_made_before_the_engine_said_so_is_handed_on_and_idempotent() -> None:
+    """Its own message comes later and changes nothing."""
+    ear = Ear().connect()
+    ear.hear(ear.publisher.publish(stored(1, 2)))
+    ear.stream.clear(5.0)
+    assert ear.held() == set()
+    assert ear.outlet.payloads[-1] == encode(5.0, [AllBlocksCleared()], 0)
+    ear.hear(ear.publisher.publish(AllBlocksCleared()))
+    assert ear.is_true()
+
+
+def test_a_plane_whose_replay_is_too_short_is_asked_for_a_snapshot() -> None:
+    """Our planes can always tell all of it."""
+    publisher = Publisher(memory=5, epoch=1000)
+    for number in range(20):
+        publisher.publish(stored(number))
+    ear = Ear(publisher).connect()
+    assert ear.is_true()
+    messages = [publisher.publish(stored(100 + number)) for number in range(20)]
+    ear.hear(messages[0], messages[-1])
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_what_arrives_during_a_snapshot_is_applied_once_behind_it() -> None:
+    """Batches that are in it are not applied again."""
+    publisher = Publisher(memory=1, epoch=1000)
+    publisher.publish(stored(1))
+    ear = Ear(publisher)
+    ear.stream.connected()
+    publisher.publish(stored(2))
+    ask = ear.stream.ask
+    assert ask is not None
+    ear.stream.replayed(*publisher.sent[-1])
+    ear.stream.replay_ended()
+    assert ear.stream.ask is not None
+    assert ear.stream.ask.start is None
+    inside = publisher.publish(removed(1))
+    ear.hear(inside)
+    snapshot = [
+        (inside[0], encode(1.0, [AllBlocksCleared()], 0)),
+        (inside[0], encode(1.0, [stored(2)], 0)),
+    ]
+    behind = publisher.publish(stored(3))
+    ear.stream.replayed(*snapshot[0])
+    ear.hear(behind)
+    ear.stream.replayed(*snapshot[1])
+    ear.stream.replay_ended()
+    assert ear.is_true()
+    assert ear.held() == {2, 3}
+
+
+def test_a_planes_restart_is_a_jump_of_its_epoch() -> None:
+    """Forward, with numbers that look like a gap of four thousand million."""
+    ear = Ear(Publisher(epoch=1000)).connect()
+    ear.hear(*[ear.publisher.publish(stored(number)) for number in range(5)])
+    ear.publisher.restart()
+    ear.hear(ear.publisher.publish(stored(100)))
+    assert ear.held() == {100}
+    assert ear.is_true()
+    assert ear.stats.batches_lost == 0
+
+
+def test_two_publishers_with_one_workers_name_mark_it() -> None:
+    """The older one still speaks after the younger was heard on the same connection."""
+    older, younger = Publisher(epoch=1000), Publisher(epoch=2000)
+    ear = Ear(older).connect()
+    ear.hear(older.publish(stored(1)))
+    ear.hear(younger.publish(stored(2)))
+    assert ear.held() == {2}
+    ear.hear(older.publish(stored(3)))
+    assert ear.held() == {2}
+    assert "duplicate_worker" in ear.source.stale
+
+
+def test_an_endpoint_that_was_bound_is_connected_to_on_this_machine() -> None:
+    """vLLM tells the address that it bound."""
+    assert connectable("tcp://*:20080") == "tcp://127.0.0.1:20080"
+    assert connectable("tcp://0.0.0.0:1") == "tcp://127.0.0.1:1"
+    assert connectable("tcp://[::]:1") == "tcp://[::1]:1"
+    assert connectable("tcp://10.0.0.1:1") == "tcp://10.0.0.1:1"
+    assert connectable("ipc:///run/kv") == "ipc:///run/kv"
+
+
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("store"), st.lists(st.integers(0, 20), min_size=1, max_size=4)),
+        st.tuples(st.just("remove"), st.lists(st.integers(0, 20), min_size=1, max_size=4)),
+        st.tuples(st.just("clear"), st.just([])),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    steps=changes,
+    seed=st.integers(0, 2**32),
+    epochs=st.booleans(),
+    restart_at=st.none() | st.integers(0, 25),
+    memory=st.sampled_from([10_000, 10_000, 10_000, 3]),
+)
+def test_any_split_duplication_loss_and_reorder_gives_the_index_of_the_stream(
+    steps: list[tuple[str, list[int]]],
+    seed: int,
+    epochs: bool,
+    restart_at: int | None,
+    memory: int,
+) -> None:
+    """Whatever the network does, once it is quiet the index is the publisher's or is marked.
+
+    It is never marked when the publisher could still tell everything.
+    """
+    chance = random.Random(seed)
+    publisher = Publisher(memory=memory, epoch=1000 if epochs else None)
+    ear = Ear(publisher, capacity_batches=chance.choice([2, 100]))
+    ear.stream.connected()
+    on_the_way: list[tuple[int, bytes]] = []
+    for number, (kind, hashes) in enumerate(steps):
+        if number == restart_at:
+            on_the_way = [message for message in on_the_way if chance.random() < 0.5]
+            ear.hear(*on_the_way)
+            on_the_way = []
+            ear.stream.disconnected()
+            publisher.restart()
+            ear.stream.connected()
+        if kind == "store":
+            on_the_way.append(publisher.publish(stored(*hashes)))
+        elif kind == "remove":
+            there = [value for value in hashes if publisher.blocks[value] > 0]
+            on_the_way.append(publisher.publish(removed(*set(there))))
+        else:
+            on_the_way.append(publisher.publish(AllBlocksCleared()))
+        if chance.random() < 0.4:
+            chance.shuffle(on_the_way)
+            arriving = [message for message in on_the_way if chance.random() < 0.8]
+            arriving += [message for message in arriving if chance.random() < 0.2]
+            ear.hear(*arriving)
+            on_the_way = []
+        if chance.random() < 0.3 and ear.stream.ask is not None:
+            ear.answer(most=chance.choice([None, 1, 3]))
+    ear.answer()
+    ear.stream.check_tail()
+    ear.answer()
+    ear.stream.check_stale()
+    ear.answer()
+    assert ear.is_true() or ear.source.stale
+    if epochs or memory > len(steps):
+        assert ear.is_true(), (ear.source.stale, ear.held(), publisher.held())
+    assert ear.stats.queue_batches == 0
