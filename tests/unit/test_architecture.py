@@ -12,6 +12,7 @@ import pytest
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
+    "logs": set(),
     "processes": set(),
     "multiprocess": set(),
     "tiny": set(),
@@ -61,10 +62,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "__init__", "api", "config", "engine", "errors", "exposition", "health", "kv.worker",
         "lifecycle", "metrics", "multiprocess", "processes",
     },
-    "__main__": {"app", "config", "errors", "multiprocess"},
+    "kv.fleet_config": {"errors"},
+    "kv.fleet": {
+        "kv.fleet_config", "kv.index", "kv.listener", "kv.nats_source", "kv.pipeline", "kv.stats",
+        "kv.topics", "kv.transport",
+    },
+    "kv.service": {
+        "__init__", "api", "errors", "exposition", "kv.fleet", "kv.fleet_config", "kv.metrics",
+        "kv.routes", "logs", "metrics",
+    },
+    "__main__": {"app", "config", "errors", "logs", "multiprocess"},
 }  # fmt: skip
 MAY_IMPORT_VLLM = {"engine", "ledger", "stats", "startup", "app"}  # app: for its version
-MAY_READ_ENVIRONMENT = {"config"}
+MAY_READ_ENVIRONMENT = {"config", "kv.fleet_config"}  # one for each program
 # Writes what a library reads from there, and reads whether the user set it.
 MAY_WRITE_ENVIRONMENT = {"engine", "multiprocess"}
 

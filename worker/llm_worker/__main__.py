@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import threading
 import time
-from typing import Any
 
 from llm_worker.config import Config, help_text, load
 from llm_worker.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_STOPPED, ConfigError
+from llm_worker.logs import configure_logging
 
 # A library's thread that never ends must not keep a finished worker alive.
 INTERPRETER_EXIT_SECONDS = 10.0
@@ -30,7 +29,7 @@ def main() -> int:
         if command.check_only:
             print(command.config.to_json(), end="")
             return EXIT_STOPPED
-        configure_logging(command.config)
+        configure_logging(command.config.log_format)
         return _run(command.config)
     except ConfigError as error:
         print("llm_worker cannot start with these settings:", file=sys.stderr)
@@ -56,40 +55,6 @@ def _run(config: Config) -> int:
         return app.run(config)
     with multiprocess:
         return app.run(config, multiprocess)
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line; ``extra`` fields become keys."""
-
-    _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON: time (Unix seconds), level, logger, message, extras, exception."""
-        line: dict[str, Any] = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line.update({k: v for k, v in vars(record).items() if k not in self._PLAIN})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def configure_logging(config: Config) -> None:
-    """Send our loggers to standard error in the configured format; vLLM configures its own."""
-    handler = logging.StreamHandler()
-    if config.log_format == "json":
-        handler.setFormatter(JsonFormatter())
-    else:
-        handler.setFormatter(
-            logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
-        )
-    logger = logging.getLogger("llm_worker")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def _exit(code: int) -> None:

@@ -53,6 +53,7 @@ _RETRY_SECONDS = (0.1, 5.0)  # first, longest
 _DUPLICATES_SECONDS = 120.0  # how long the server remembers message ids
 _HEADERS_BYTES = 512
 _FREEZE_SECONDS = 10.0
+_SHOW_UP_SECONDS = 1.0  # between two looks for new sources while nothing is published
 
 
 class _Item(NamedTuple):
@@ -255,10 +256,8 @@ class NatsPlane:
             self._wake.clear()
             window = self._take()
             if not window:
-                if await self._show_up(client, stream):
-                    await self._wake.wait()
-                else:
-                    await _wait(self._wake, _RETRY_SECONDS[1])
+                await self._show_up(client, stream)
+                await _wait(self._wake, _SHOW_UP_SECONDS)
                 continue
             self.stats.published_batches += len(window)
             shortest, longest = _RETRY_SECONDS
@@ -276,10 +275,10 @@ class NatsPlane:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
                 pause = min(pause * 2, longest)
 
-    async def _show_up(self, client: Client, stream: JetStreamContext) -> bool:
+    async def _show_up(self, client: Client, stream: JetStreamContext) -> None:
         """Have the streams of all workers that are known, before their first batch."""
-        workers = {source.worker for source in self._sources()}
-        return all([await self._prepare(client, stream, worker) for worker in workers])
+        for worker in {source.worker for source in self._sources()}:
+            await self._prepare(client, stream, worker)
 
     def _without_too_large(self, window: list[_Item], limit: int) -> list[_Item]:
         fitting = [item for item in window if len(item.payload) <= limit]
