@@ -8,10 +8,16 @@ that are not full, ``{}`` among the events); the unit tests of KV-cache manager 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import random
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
+from llm_worker.kv.events import Hash
+from llm_worker.kv.index import Source
+
 BLOCK_SIZE = 4
+
+Contents = dict[tuple[str, str | None], dict[Hash, Hash | None]]  # medium, adapter: block, parent
 
 
 def event(event_id: int, data: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -86,3 +92,81 @@ class Engine:
     ) -> AsyncIterator[Any]:
         while self.stats:
             yield self.stats.pop(0)
+
+
+class Truth:
+    """An engine with attention DP that stores, moves and evicts at random, and what it holds.
+
+    Two attention windows, blocks that are not full, one LoRA adapter; hashes signed.
+    """
+
+    def __init__(self, seed: int, ranks: int) -> None:
+        self.random = random.Random(seed)
+        self.ranks = ranks
+        self.ids = [0] * ranks
+        self.held: list[dict[int, tuple[str, str | None, int | None]]] = [{} for _ in range(ranks)]
+        self.partial: list[list[int]] = [[] for _ in range(ranks)]
+
+    def start(self) -> Iterator[dict[str, Any]]:
+        for rank in range(self.ranks):
+            yield created(self._id(rank), attention_dp_rank=rank, window_size=32)
+            yield created(self._id(rank), attention_dp_rank=rank)
+
+    def step(self) -> Iterator[dict[str, Any]]:
+        rank = self.random.randrange(self.ranks)
+        held = self.held[rank]
+        here = {"attention_dp_rank": rank}
+        what = self.random.random()
+        if what < 0.5 or not held:
+            parent = self.random.choice([None, *held])
+            adapter = self.random.choice([None, "a"]) if parent is None else held[parent][1]
+            more: dict[str, Any] = {"lora_name": adapter} if adapter else {}
+            chain = [self._hash() for _ in range(self.random.randrange(1, 5))]
+            blocks = [block(value, **more) for value in chain]
+            before = parent
+            for value in chain:
+                held[value] = ("gpu", adapter, before)
+                before = value
+            if self.random.random() < 0.3:
+                self.partial[rank].append(self._hash())
+                blocks.append(block(self.partial[rank][-1], tokens=2, **more))
+            yield stored(self._id(rank), *blocks, parent=parent, **here)
+            yield stored(self._id(rank), *blocks, parent=parent, window_size=32, **here)
+        elif what < 0.7:
+            value = self.random.choice([*held])
+            medium, adapter, parent = held[value]
+            held[value] = ("cpu" if medium == "gpu" else "gpu", adapter, parent)
+            new = 1 if medium == "gpu" else 0
+            yield updated(self._id(rank), value, 1 - new, new, **here)
+        else:
+            gone = self.random.sample([*held], min(len(held), self.random.randrange(1, 6)))
+            for value in gone:
+                del held[value]
+            if self.partial[rank]:
+                gone.append(self.partial[rank].pop())
+            yield removed(self._id(rank), *gone, **here)
+            yield removed(self._id(rank), *gone, window_size=32, **here)
+
+    def nothing(self, rank: int) -> Iterator[dict[str, Any]]:
+        """An event that changes no block."""
+        yield updated(self._id(rank), 1, None, None, attention_dp_rank=rank)
+
+    def expected(self, rank: int) -> Contents:
+        found: Contents = {}
+        for value, (medium, adapter, parent) in self.held[rank].items():
+            lane = found.setdefault((medium, adapter), {})
+            lane[value % (1 << 64)] = None if parent is None else parent % (1 << 64)
+        return found
+
+    def _id(self, rank: int) -> int:
+        self.ids[rank] += 1
+        return self.ids[rank] - 1
+
+    def _hash(self) -> int:
+        return self.random.randrange(-(1 << 63), 1 << 63)
+
+
+def contents(source: Source) -> Contents:
+    return {
+        (lane.medium, lane.adapter): dict(lane.parents) for lane in source.lanes() if lane.parents
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -12,18 +11,15 @@ from typing import Any
 import pytest
 import zmq
 
-from llm_worker.kv.events import Hash
 from llm_worker.kv.index import Index, Source
 from llm_worker.kv.listener import Listener
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.poller import BATCH_EVENTS, Poller
 from llm_worker.kv.publisher import ZmqKvEventPublisher
 from llm_worker.kv.trtllm import Translator
-from trtllm_events import BLOCK_SIZE, Engine, block, created, removed, stored, updated
+from trtllm_events import BLOCK_SIZE, Engine, Truth, block, contents, created, removed, stored
 
 LOCAL = "tcp://127.0.0.1:0"
-
-Contents = dict[tuple[str, str | None], dict[Hash, Hash | None]]
 
 
 class Worker:
@@ -96,80 +92,6 @@ async def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, "in vain"
         await asyncio.sleep(0.005)
-
-
-def contents(source: Source) -> Contents:
-    return {
-        (lane.medium, lane.adapter): dict(lane.parents) for lane in source.lanes() if lane.parents
-    }
-
-
-class Truth:
-    """An engine with attention DP that stores, moves and evicts at random, and what it holds.
-
-    Two attention windows, blocks that are not full, one LoRA adapter; hashes signed.
-    """
-
-    def __init__(self, seed: int, ranks: int) -> None:
-        self.random = random.Random(seed)
-        self.ranks = ranks
-        self.ids = [0] * ranks
-        self.held: list[dict[int, tuple[str, str | None, int | None]]] = [{} for _ in range(ranks)]
-        self.partial: list[list[int]] = [[] for _ in range(ranks)]
-
-    def start(self) -> Iterator[dict[str, Any]]:
-        for rank in range(self.ranks):
-            yield created(self._id(rank), attention_dp_rank=rank, window_size=32)
-            yield created(self._id(rank), attention_dp_rank=rank)
-
-    def step(self) -> Iterator[dict[str, Any]]:
-        rank = self.random.randrange(self.ranks)
-        held = self.held[rank]
-        here = {"attention_dp_rank": rank}
-        what = self.random.random()
-        if what < 0.5 or not held:
-            parent = self.random.choice([None, *held])
-            adapter = self.random.choice([None, "a"]) if parent is None else held[parent][1]
-            more: dict[str, Any] = {"lora_name": adapter} if adapter else {}
-            chain = [self._hash() for _ in range(self.random.randrange(1, 5))]
-            blocks = [block(value, **more) for value in chain]
-            before = parent
-            for value in chain:
-                held[value] = ("gpu", adapter, before)
-                before = value
-            if self.random.random() < 0.3:
-                self.partial[rank].append(self._hash())
-                blocks.append(block(self.partial[rank][-1], tokens=2, **more))
-            yield stored(self._id(rank), *blocks, parent=parent, **here)
-            yield stored(self._id(rank), *blocks, parent=parent, window_size=32, **here)
-        elif what < 0.7:
-            value = self.random.choice([*held])
-            medium, adapter, parent = held[value]
-            held[value] = ("cpu" if medium == "gpu" else "gpu", adapter, parent)
-            new = 1 if medium == "gpu" else 0
-            yield updated(self._id(rank), value, 1 - new, new, **here)
-        else:
-            gone = self.random.sample([*held], min(len(held), self.random.randrange(1, 6)))
-            for value in gone:
-                del held[value]
-            if self.partial[rank]:
-                gone.append(self.partial[rank].pop())
-            yield removed(self._id(rank), *gone, **here)
-            yield removed(self._id(rank), *gone, window_size=32, **here)
-
-    def expected(self, rank: int) -> Contents:
-        found: Contents = {}
-        for value, (medium, adapter, parent) in self.held[rank].items():
-            lane = found.setdefault((medium, adapter), {})
-            lane[value % (1 << 64)] = None if parent is None else parent % (1 << 64)
-        return found
-
-    def _id(self, rank: int) -> int:
-        self.ids[rank] += 1
-        return self.ids[rank] - 1
-
-    def _hash(self) -> int:
-        return self.random.randrange(-(1 << 63), 1 << 63)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

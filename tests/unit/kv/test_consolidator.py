@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.consolidator import Consolidator
@@ -203,6 +203,7 @@ def check(history: list[tuple[str, int, list[Event]]], parents: bool) -> None:
         assert stats.unknown_removed_blocks == 0, "a block was removed that was not there"
 
 
+@settings(deadline=None)
 @given(histories(st.none()))
 def test_the_merged_stream_is_the_union_of_the_sources(
     history: list[tuple[str, int, list[Event]]],
@@ -211,6 +212,7 @@ def test_the_merged_stream_is_the_union_of_the_sources(
     check(history, parents=True)
 
 
+@settings(deadline=None)
 @given(histories(st.sampled_from([None, "a", "b"])))
 def test_one_hash_under_several_adapters_is_kept_apart(
     history: list[tuple[str, int, list[Event]]],
@@ -219,6 +221,7 @@ def test_one_hash_under_several_adapters_is_kept_apart(
     check(history, parents=False)
 
 
+@settings(deadline=None)
 @given(histories(st.sampled_from([None, "a", "b"])), st.sampled_from(["engine", "cpu", "disk"]))
 def test_a_dropped_source_leaves_the_union_of_the_others(
     history: list[tuple[str, int, list[Event]]], gone: str

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import zmq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.events import AllBlocksCleared, Batch, BlockRemoved, BlockStored, Decoder
@@ -194,6 +194,7 @@ def test_what_is_bound_twice_is_refused(context: zmq.Context[zmq.Socket[bytes]])
     EventSocket("inproc://free", context=context).close()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.integers(0, 40), st.just("skip")), max_size=60),
     st.integers(1, 8),

@@ -7,15 +7,29 @@ import contextlib
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from llm_worker.exposition import Exposition
 from llm_worker.kv import poller as poller_module
 from llm_worker.kv.events import AllBlocksCleared, BlockStored, Event
+from llm_worker.kv.index import Index
 from llm_worker.kv.poller import Poller, registry
 from llm_worker.kv.trtllm import Told, Translator
 from llm_worker.metrics import Metrics
-from trtllm_events import BLOCK_SIZE, Engine, block, created, event, removed, stored, updated
+from trtllm_events import (
+    BLOCK_SIZE,
+    Engine,
+    Truth,
+    block,
+    contents,
+    created,
+    event,
+    removed,
+    stored,
+    updated,
+)
 
 NEGATIVE = -6_148_914_691_236_517_206
 UNSIGNED = NEGATIVE + (1 << 64)
@@ -257,6 +271,43 @@ def test_a_malformed_event_is_a_loss_and_the_next_one_is_read(
     assert translator.stats.losses == {"malformed": 1}
     answers = translator.translate([stored(2, block(4))])
     assert summary(answers[-1].events) == [("store", [4], None, "gpu")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 32), st.sets(st.integers(0, 100), max_size=4))
+def test_whatever_is_lost_nothing_is_claimed_that_the_engine_does_not_hold(
+    seed: int, lost: set[int]
+) -> None:
+    """And without a loss, a rank's index is what the engine holds, with parents.
+
+    A loss is seen at the rank's next event.
+    """
+    truth = Truth(seed, ranks=2)
+    history = [*truth.start(), *(each for _ in range(40) for each in truth.step())]
+    history += [each for rank in range(2) for each in truth.nothing(rank)]
+    lost = {number for number in lost if number < len(history) - 2}
+    hit = {history[number]["attention_dp_rank"] for number in lost}
+    translator = Translator(BLOCK_SIZE)
+    index = Index()
+    doubted = set()
+    for number, raw in enumerate(history):
+        if number in lost:
+            continue
+        for answer in translator.translate([raw]):
+            source = index.source("trtllm", answer.rank)
+            if answer.lost:
+                doubted.add(answer.rank)
+                source.clear()
+            source.apply(answer.events)
+    assert doubted == hit
+    for rank in range(2):
+        source = index.source("trtllm", rank)
+        expected, found = truth.expected(rank), contents(source)
+        if rank not in hit:
+            assert found == expected
+        for lane, blocks in found.items():
+            assert blocks.items() <= expected[lane].items()
+        assert source.stats.duplicate_blocks == source.stats.unknown_removed_blocks == 0
 
 
 def test_no_event_is_no_event(translator: Translator) -> None:
