@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -500,3 +501,16 @@ def test_metrics_are_absent_until_they_are_known() -> None:
         'llm_worker_exporter_source_up{source="trtllm"} 1',
     ):
         assert line in page, f"{line} not in\n{page}"
+
+
+def test_the_metrics_are_documented(repository: Path) -> None:
+    """docs/tensorrt-llm.md has a row for each, with what its HELP says."""
+    asked = Asked()
+    document = (repository / "docs/tensorrt-llm.md").read_text(encoding="utf-8")
+    families = list(registry(asked.poller, "tiny").collect())
+    rows = [line for line in document.splitlines() if line.startswith("| `trtllm_")]
+    assert len(rows) == len(families)
+    for family, row in zip(families, rows, strict=True):
+        name = f"trtllm_{family.name}" + ("_total" if family.type == "counter" else "")
+        assert f"| `{name}` |" in row
+        assert row.endswith(f"| {family.documentation} |")
