@@ -34,7 +34,8 @@ END_SEQUENCE = b"\xff" * 8
 SNAPSHOT = b"snapshot"
 CONNECTING_SECONDS = 0.01  # between two looks whether it does
 CONNECT_SECONDS = 1.0  # for the replay endpoint to take a question
-ANSWER_SECONDS = 3.0  # between a question and its answer, and between two replies
+ANSWER_SECONDS = 3.0  # between a question and its answer
+SILENCE_SECONDS = 1.0  # between two replies: what comes no more was left out
 LATE_SECONDS = 0.3  # how long a gap may heal by itself where nobody can be asked
 QUIET_SECONDS = 1.0  # without a batch: ask whether the last one was the last
 QUIET_AGAIN_SECONDS = 5.0
@@ -310,7 +311,7 @@ class Listener:
                 frames = self._dealer.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._answer_by = self._clock() + ANSWER_SECONDS
+            self._answer_by = self._clock() + SILENCE_SECONDS
             if len(frames) not in (3, 4) or frames[0] or len(frames[-2]) != 8:
                 self._malformed()
             elif frames[-2] == END_SEQUENCE:
