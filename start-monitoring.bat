@@ -135,6 +135,10 @@ call :check_port PROMETHEUS_PORT 9090
 call :check_port ALERTMANAGER_PORT 9093
 call :check_port WORKER_API_PORT 8000
 call :check_port WORKER_SYSTEM_PORT 8081
+call :setting COMPOSE_PROFILES demo
+set "PROFILES=,!VALUE!,"
+if not "!PROFILES:,fleet,=!"=="!PROFILES!" call :check_port KV_INDEX_PORT 8082
+if not "!PROFILES:,nats,=!"=="!PROFILES!" call :check_port NATS_PORT 4222
 if defined TAKEN (
     call :fail 17 "Taken by another program:!TAKEN!" "Stop that program, or remove the # before the setting in .env and choose another port."
     goto :finish

@@ -123,6 +123,9 @@ def describe(
     worker_environment = {
         name: settings.expand(str(value))
         for name, value in _merged(services["worker-cpu"]["environment"]).items()
+        # vLLM publishes KV events, and with them every prompt's tokens, on all addresses or not at
+        # all. In a container that is nobody's network; here it is this machine's.
+        if not name.startswith("LLM_WORKER_KV_")
     } | {
         "LLM_WORKER_SYSTEM_HOST": "127.0.0.1",
         "LLM_WORKER_SYSTEM_PORT": str(system.number),

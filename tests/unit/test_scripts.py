@@ -67,7 +67,7 @@ def test_every_port_is_published_on_loopback_only(services: dict[str, dict[str, 
     """Nothing here is for the network unless somebody says so."""
     ports = [port for service in services.values() for port in service.get("ports", [])]
 
-    assert len(ports) == 7
+    assert len(ports) == 9
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
