@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -44,9 +44,11 @@ class KvHandlers:
     more_status: Callable[[], dict[str, Any]] | None = None  # beside sources and planes
 
 
-class _Question(msgspec.Struct, forbid_unknown_fields=True):
+class Question(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a match: one of the first three."""
+
     hashes: list[int | str] | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
     prompt: str | None = None
     adapter: str | None = None
     cache_salt: str | None = None
@@ -54,8 +56,8 @@ class _Question(msgspec.Struct, forbid_unknown_fields=True):
     misses: bool = False  # also who holds nothing, and why
 
 
-_question = msgspec.json.Decoder(_Question)
-_encode = msgspec.json.Encoder().encode
+parse = msgspec.json.Decoder(Question).decode
+encode = msgspec.json.Encoder().encode
 
 
 class _RefusedError(Exception):
@@ -72,7 +74,7 @@ def reading(handlers: KvHandlers) -> APIRouter:
 
     @router.get("/status")
     async def status() -> Response:
-        return Response(_encode(_status(handlers)), media_type=_JSON)
+        return Response(encode(_status(handlers)), media_type=_JSON)
 
     @router.post("/match")
     async def match(request: Request) -> Response:
@@ -81,11 +83,11 @@ def reading(handlers: KvHandlers) -> APIRouter:
             hashes = await _hashes(handlers, question)
         except _RefusedError as error:
             handlers.index.match_stats.requests["invalid"] += 1
-            return Response(_encode({"error": str(error)}), error.status, media_type=_JSON)
+            return Response(encode({"error": str(error)}), error.status, media_type=_JSON)
         found = handlers.index.match(
             hashes, adapter=question.adapter, group=question.group, misses=question.misses
         )
-        return Response(_encode({"blocks": len(hashes), "matches": found}), media_type=_JSON)
+        return Response(encode({"blocks": len(hashes), "matches": found}), media_type=_JSON)
 
     @router.get("/dump")
     async def dump(worker: str | None = None, rank: int | None = None) -> Response:
@@ -109,14 +111,14 @@ def writing(handlers: KvHandlers) -> APIRouter:
             body = {
                 "error": "there is no engine here to compare with: ask a worker's own /kv/audit"
             }
-            return Response(_encode(body), 501, media_type=_JSON)
+            return Response(encode(body), 501, media_type=_JSON)
         found = await asyncio.to_thread(handlers.audit)
-        return Response(_encode(found), media_type=_JSON)
+        return Response(encode(found), media_type=_JSON)
 
     return router
 
 
-async def _read(request: Request) -> _Question:
+async def _read(request: Request) -> Question:
     """The question of a match.
 
     Raises:
@@ -128,7 +130,7 @@ async def _read(request: Request) -> _Question:
         if len(body) > MAX_BODY_BYTES:
             raise _RefusedError(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
     try:
-        question = _question.decode(body)
+        question = parse(body)
     except msgspec.DecodeError as error:
         raise _RefusedError(400, str(error)) from None
     given = [
@@ -140,14 +142,14 @@ async def _read(request: Request) -> _Question:
     return question
 
 
-async def _hashes(handlers: KvHandlers, question: _Question) -> Sequence[Hash]:
+async def _hashes(handlers: KvHandlers, question: Question) -> Sequence[Hash]:
     """What the question is about.
 
     Raises:
         _RefusedError: it has no such hashes.
     """
     if question.hashes is not None:
-        return _parsed(question.hashes)
+        return parsed_hashes(question.hashes)
     asked = question.prompt if question.token_ids is None else question.token_ids
     if handlers.hash_blocks is None or asked is None:
         raise _RefusedError(
@@ -163,7 +165,7 @@ async def _hashes(handlers: KvHandlers, question: _Question) -> Sequence[Hash]:
         raise _RefusedError(400, str(error)) from None
 
 
-def _parsed(given: list[int | str]) -> Sequence[Hash]:
+def parsed_hashes(given: list[int | str]) -> Sequence[Hash]:
     """Hashes as the index knows them: integers as they are, bytes from hexadecimal digits.
 
     Raises:
@@ -271,9 +273,9 @@ def _dump(sources: Sequence[Source]) -> Iterator[bytes]:
             "stale": sorted(source.stale),
             "blocks": source.blocks(),
         }
-        chunk += _encode(about) + b"\n"
+        chunk += encode(about) + b"\n"
         for event in source.snapshot():
-            chunk += _encode(_line(source, event)) + b"\n"
+            chunk += encode(_line(source, event)) + b"\n"
             if len(chunk) >= _DUMP_CHUNK_BYTES:
                 yield bytes(chunk)
                 chunk.clear()
