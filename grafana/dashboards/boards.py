@@ -155,6 +155,26 @@ def worker_variables() -> list[Json]:
     ]
 
 
+def kv_variables() -> list[Json]:
+    """Return job, instance, model, worker and engine of everything that knows of a KV cache.
+
+    The fleet index has jobs and instances of its own, and no model; a plain vLLM server no worker.
+    """
+    job = 'job=~"$job"'
+    instance = f'{job},instance=~"$instance"'
+    either = '__name__=~"vllm:kv_cache_usage_perc|llm_worker_kv_index_bytes"'
+    usage, up = "vllm:kv_cache_usage_perc", "llm_worker_kv_listener_up"
+    ranks = f'__name__=~"{usage}|{up}",{instance}'
+    return [
+        datasource_variable(),
+        query_variable("job", "Job", f"label_values({{{either}}}, job)"),
+        query_variable("instance", "Instance", f"label_values({{{either},{job}}}, instance)"),
+        query_variable("model_name", "Model", f"label_values({usage}{{{instance}}}, model_name)"),
+        query_variable("worker", "Worker", f"label_values({up}{{{instance}}}, worker)"),
+        query_variable("engine", "Engine", f"label_values({{{ranks}}}, engine)"),
+    ]
+
+
 def target_variables() -> list[Json]:
     """Return job and instance of everything that is scraped."""
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grafanalib import core
 
-from . import monitoring_self, normalize, overview, worker
+from . import kv, monitoring_self, normalize, overview, worker
 
 GENERATED = Path(__file__).resolve().parent.parent / "generated"
 HOME = overview.UID
@@ -15,6 +15,7 @@ HOME = overview.UID
 BUILDERS: dict[str, Callable[[], core.Dashboard]] = {
     overview.UID: overview.build,
     worker.UID: worker.build,
+    kv.UID: kv.build,
     monitoring_self.UID: monitoring_self.build,
 }
 

@@ -20,6 +20,11 @@ class Need:
 _SPECULATION = "speculative decoding (`--speculative-config`)."
 _LORA = "`--enable-lora`, and a request to an adapter."
 _CONNECTOR = "a KV connector (`--kv-transfer-config`)."
+_WORKER = Need("our worker.", "worker-kv")
+_KV_EVENTS = Need(
+    "KV events (`--worker-kv-events-port`), in our worker or in a fleet index.", "worker-kv"
+)
+_FLEET = Need("a fleet index (`python -m llm_worker.kv.service`).", "kv-index")
 
 # (dashboard uid, panel title) -> why it may be empty.
 NEEDS: dict[tuple[str, str], Need] = {
@@ -32,6 +37,51 @@ NEEDS: dict[tuple[str, str], Need] = {
     ("vllm-overview", "LoRA adapters in use, last seen"): Need(_LORA, "vllm-features"),
     ("vllm-worker", "Step execution time"): Need("`--enable-logging-iteration-details`."),
     ("vllm-worker", "Previous process"): Need("a previous process, and its state directory."),
+    ("vllm-kv-cache", "Tokens: capacity and active"): _WORKER,
+    ("vllm-kv-cache", "Blocks: capacity, active and reusable"): _KV_EVENTS,
+    ("vllm-kv-cache", "Life of a block"): _KV_EVENTS,
+    ("vllm-kv-cache", "Listeners down"): _KV_EVENTS,
+    ("vllm-kv-cache", "Stale ranks"): _KV_EVENTS,
+    ("vllm-kv-cache", "Batches lost, in range"): _KV_EVENTS,
+    ("vllm-kv-cache", "Undecodable, in range"): _KV_EVENTS,
+    ("vllm-kv-cache", "Lag p99, now"): _KV_EVENTS,
+    ("vllm-kv-cache", "Blocks indexed"): _KV_EVENTS,
+    ("vllm-kv-cache", "Events, by type"): _KV_EVENTS,
+    ("vllm-kv-cache", "Batches, by outcome"): _KV_EVENTS,
+    ("vllm-kv-cache", "Blocks stored, removed and cleared"): _KV_EVENTS,
+    ("vllm-kv-cache", "Trust, by rank"): _KV_EVENTS,
+    ("vllm-kv-cache", "Stale ranks, and why"): Need("KV events, and a rank that is stale."),
+    ("vllm-kv-cache", "Ranks, side by side"): _KV_EVENTS,
+    ("vllm-kv-cache", "Gaps, by kind"): _KV_EVENTS,
+    ("vllm-kv-cache", "Replays, by outcome"): _KV_EVENTS,
+    ("vllm-kv-cache", "Undecodable, by reason"): _KV_EVENTS,
+    ("vllm-kv-cache", "Held back behind a gap"): _KV_EVENTS,
+    ("vllm-kv-cache", "Blocks that do not add up"): _KV_EVENTS,
+    ("vllm-kv-cache", "Trouble in the listener"): _KV_EVENTS,
+    ("vllm-kv-cache", "Lag"): _KV_EVENTS,
+    ("vllm-kv-cache", "Lag, distribution"): _KV_EVENTS,
+    ("vllm-kv-cache", "Since the last batch, by rank"): _KV_EVENTS,
+    ("vllm-kv-cache", "Blocks, by medium"): _KV_EVENTS,
+    ("vllm-kv-cache", "Memory of the index"): _KV_EVENTS,
+    ("vllm-kv-cache", "Use of the index's bound"): Need(
+        "KV events, and a bound (`--worker-kv-max-blocks`, or the fleet index's `--max-blocks`).",
+        "worker-kv",
+    ),
+    ("vllm-kv-cache", "Match latency"): Need("KV events, and somebody who asks.", "worker-kv"),
+    ("vllm-kv-cache", "Match requests, by outcome"): _KV_EVENTS,
+    ("vllm-kv-cache", "Blocks, by worker"): _KV_EVENTS,
+    ("vllm-kv-cache", "Audits, by outcome"): _KV_EVENTS,
+    ("vllm-kv-cache", "Drift"): Need(
+        "KV events in our worker, and an audit's verdict.", "worker-kv"
+    ),
+    ("vllm-kv-cache", "Plane"): _KV_EVENTS,
+    ("vllm-kv-cache", "Published and acknowledged"): _KV_EVENTS,
+    ("vllm-kv-cache", "Buffer of the plane"): _KV_EVENTS,
+    ("vllm-kv-cache", "Dropped on the way out"): _KV_EVENTS,
+    ("vllm-kv-cache", "Readers that ask"): _KV_EVENTS,
+    ("vllm-kv-cache", "Blocks of the fleet"): _FLEET,
+    ("vllm-kv-cache", "Share of duplicates"): _FLEET,
+    ("vllm-kv-cache", "Workers, by health"): _FLEET,
 }
 
 # Annotations are queries, too; their "panel" is "annotation: NAME". These need an event.

@@ -22,6 +22,7 @@ VALUES: Mapping[str, str] = {
     "instance": ".+",
     "model_name": ".+",
     "engine": ".+",
+    "worker": ".+",
 }
 
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")

@@ -31,7 +31,8 @@ from dashboards import catalog, needs, normalize, queries
 from dashboards.queries import PanelQuery
 
 FIXTURES = Path(__file__).parent / "fixtures"
-KINDS = ("vllm", "vllm-features", "worker")  # fixture directories, and their jobs here
+# Fixture directories, and their jobs here.
+KINDS = ("vllm", "vllm-features", "worker", "worker-kv", "kv-index")
 TARGETS_PER_KIND = 2
 SCRAPES_PER_PAGE = 3
 WAIT_SECONDS = 60.0
@@ -283,28 +284,55 @@ def test_every_overview_query_returns_data_from_a_plain_vllm_server(
     assert complaints(prometheus, asked) == []
 
 
+@pytest.mark.parametrize(
+    "kind", sorted({need.recorded for need in needs.NEEDS.values() if need.recorded})
+)
 def test_every_query_that_needs_a_feature_returns_data_where_the_feature_is_on(
-    prometheus: Prometheus,
+    prometheus: Prometheus, kind: str
 ) -> None:
     """A panel that says which flag it needs is not a panel that never works."""
-    shown = {where for where, need in needs.NEEDS.items() if need.recorded == "vllm-features"}
-    asked = [
-        query for query in all_queries("vllm-features") if (query.dashboard, query.panel) in shown
-    ]
+    shown = {where for where, need in needs.NEEDS.items() if need.recorded == kind}
+    asked = [query for query in all_queries(kind) if (query.dashboard, query.panel) in shown]
     assert complaints(prometheus, asked) == []
 
 
-def test_every_query_that_needs_a_feature_is_empty_without_it(prometheus: Prometheus) -> None:
+@pytest.mark.parametrize("uid", ["vllm-overview", "vllm-kv-cache"])
+def test_every_query_that_needs_a_feature_is_empty_without_it(
+    prometheus: Prometheus, uid: str
+) -> None:
     """The list of needs holds no panel that would work anyway."""
     without = {
         (query.dashboard, query.panel)
         for query in all_queries("vllm")
-        if query.dashboard == "vllm-overview"
+        if query.dashboard == uid
         and query.needs is not None
         and not query.panel.startswith("annotation: ")
         and prometheus.complaint(query) is None
     }
     assert without == set()
+
+
+def test_every_query_about_the_cache_that_needs_nothing_returns_data_from_a_plain_vllm_server(
+    prometheus: Prometheus,
+) -> None:
+    """The first rows of the KV-cache dashboard are not for our worker only."""
+    asked = [
+        query
+        for query in all_queries("vllm")
+        if query.dashboard == "vllm-kv-cache" and query.needs is None
+    ]
+    assert complaints(prometheus, asked) == []
+
+
+def test_what_workers_and_the_fleet_index_both_know_is_shown_for_the_fleet_index_too(
+    prometheus: Prometheus,
+) -> None:
+    """Who chooses the job of the fleet index sees how its streams do."""
+    rows = ("Ranks, side by side", "Trust, by rank", "Batches, by outcome", "Lag")
+    shared = {("vllm-kv-cache", title) for title in (*rows, "Blocks, by worker", "Gaps, by kind")}
+    asked = [query for query in all_queries("kv-index") if (query.dashboard, query.panel) in shared]
+    assert {query.panel for query in asked} == {title for _, title in shared}
+    assert complaints(prometheus, asked) == []
 
 
 def test_every_query_about_the_monitoring_itself_returns_data(prometheus: Prometheus) -> None:

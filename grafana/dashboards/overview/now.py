@@ -129,6 +129,7 @@ now = Section(
             aggregate("max", KV),
             units.RATIO,
             steps=KV_STEPS,
+            links=[{"title": "KV cache", "url": "/d/vllm-kv-cache?${__url_time_range}"}],
             no_value="no engine",
         ),
         stat(
