@@ -52,7 +52,6 @@ from llm_worker.kv.index import Index
 
 CHAIN_BLOCKS = 64  # of one prompt
 PREFIX_BLOCKS = 1000  # of the prompt that is asked for
-TICKS = os.sysconf("SC_CLK_TCK")
 SETTLE_SECONDS = 1.0
 GIVE_UP_SECONDS = 60.0
 SLOW_BATCHES_PER_SECOND = 8000  # nothing queues up
@@ -221,10 +220,11 @@ class Usage(NamedTuple):
 
 
 def usage(pid: int) -> Usage:
-    """Read what a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    """Read what a process has used: of its threads, because that is counted in nanoseconds."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    nanoseconds = sum(int(thread.read_text().split()[0]) for thread in threads)
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return Usage((int(fields[11]) + int(fields[12])) / TICKS, pages * os.sysconf("SC_PAGE_SIZE"))
+    return Usage(nanoseconds / 1e9, pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 @dataclass

@@ -11,7 +11,7 @@ Source: vllm/distributed/kv_events.py, 0.9.0.1 to 0.33.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -21,18 +21,16 @@ HASH_MASK = (1 << 64) - 1
 MAX_PAYLOAD_BYTES = 16 << 20  # a step of a million token ids is 5 MB
 MAX_HASH_BYTES = 64  # sha256 has 32
 
-_MEDIA = {None: "gpu", "GPU": "gpu", "CPU": "cpu", "STORAGE": "storage"}
-if TYPE_CHECKING:  # what a decoded record has
+_MEDIA = {None: "gpu", "gpu": "gpu", "GPU": "gpu", "CPU": "cpu", "STORAGE": "storage"}
+if TYPE_CHECKING:
     _Hash: TypeAlias = Hash
-    _SignedHash: TypeAlias = Hash
+    _AnyHash: TypeAlias = Hash
     _Medium: TypeAlias = str
-    _Group: TypeAlias = int
-else:  # what is decoded
+else:  # what a decoder takes
     _BYTES = Annotated[bytes, Meta(min_length=1, max_length=MAX_HASH_BYTES)]
     _Hash = Annotated[int, Meta(ge=0)] | _BYTES
-    _SignedHash = int | _BYTES
-    _Medium = str | None
-    _Group = int | None
+    _AnyHash = int | _BYTES
+    _Medium = Literal["GPU", "CPU", "STORAGE"]  # the decoder makes no string of its own for these
 
 
 class BlockStored(
@@ -63,7 +61,7 @@ class BlockStored(
     block_size: int = 0  # tokens per block; 0: the publisher does not say
     medium: _Medium = "gpu"  # "gpu", "cpu", "storage", …: lower case
     adapter: str | None = None  # LoRA name, else its number as text; None is the base model
-    group: _Group = 0  # KV-cache group; hybrid models have several
+    group: int = 0  # KV-cache group; hybrid models have several
     extra_keys: list[Any] | None = None
     kind: str | None = None
     locality: str | None = None  # LOCAL or REMOTE as seen from the publisher
@@ -85,7 +83,7 @@ class BlockRemoved(
 
     hashes: list[_Hash]
     medium: _Medium = "gpu"
-    group: _Group = 0
+    group: int = 0
     locality: str | None = None
     ownership: str | None = None
 
@@ -148,25 +146,31 @@ class _StoredWithTokens(BlockStored, tag="BlockStored", rename={"token_ids": "to
     token_ids: Any = None
 
 
-_SIGNED = {"hashes": "block_hashes", "parent": "parent_block_hash"}
+_RENAMED = {"hashes": "block_hashes", "parent": "parent_block_hash", "group": "group_idx"}
 
 
-class _SignedStored(BlockStored, tag="BlockStored", rename=_SIGNED):
-    hashes: list[_SignedHash]
-    parent: _SignedHash | None = None
+class _OtherStored(BlockStored, tag="BlockStored", rename=_RENAMED):
+    """As 0.32 never says it: signed hashes, media of other names, no group."""
+
+    hashes: list[_AnyHash]
+    parent: _AnyHash | None = None
+    medium: str | None = None  # type: ignore[assignment]
+    group: int | None = None  # type: ignore[assignment]
 
 
-class _SignedStoredWithTokens(_SignedStored, tag="BlockStored", rename={"token_ids": "token_ids"}):
+class _OtherStoredWithTokens(_OtherStored, tag="BlockStored", rename={"token_ids": "token_ids"}):
     token_ids: Any = None
 
 
-class _SignedRemoved(BlockRemoved, tag="BlockRemoved", rename=_SIGNED):
-    hashes: list[_SignedHash]
+class _OtherRemoved(BlockRemoved, tag="BlockRemoved", rename=_RENAMED):
+    hashes: list[_AnyHash]
+    medium: str | None = None  # type: ignore[assignment]
+    group: int | None = None  # type: ignore[assignment]
 
 
 class _PositionalStored(Struct, array_like=True, tag="BlockStored", gc=False):
-    hashes: list[_SignedHash]
-    parent: _SignedHash | None
+    hashes: list[_AnyHash]
+    parent: _AnyHash | None
     token_ids: Raw
     block_size: int
     lora_id: int | None = None
@@ -181,7 +185,7 @@ class _PositionalStored(Struct, array_like=True, tag="BlockStored", gc=False):
 
 
 class _PositionalRemoved(Struct, array_like=True, tag="BlockRemoved", gc=False):
-    hashes: list[_SignedHash]
+    hashes: list[_AnyHash]
     medium: str | None = None
     group: int | None = None
     locality: str | None = None
@@ -221,10 +225,10 @@ class Decoder:
     def __init__(self, *, token_ids: bool = False) -> None:
         self._token_ids = token_ids
         stored: Any = _StoredWithTokens if token_ids else BlockStored
-        signed: Any = _SignedStoredWithTokens if token_ids else _SignedStored
+        other: Any = _OtherStoredWithTokens if token_ids else _OtherStored
         encodings = (
             stored | BlockRemoved | AllBlocksCleared,
-            signed | _SignedRemoved | AllBlocksCleared,
+            other | _OtherRemoved | AllBlocksCleared,
             _PositionalStored | _PositionalRemoved | _PositionalCleared,
         )
         envelope: Any = _Envelope
@@ -249,17 +253,13 @@ class Decoder:
             batch = self._decode_otherwise(payload)
         if type(batch) is not Batch:
             return self._today(batch)
-        for event in batch.events:  # what the wire leaves out, or spells otherwise
-            medium = event.medium
-            if type(event) is BlockStored:
+        events: list[Any] = batch.events
+        for event in events:  # what the wire says otherwise
+            kind, medium = type(event), event.medium
+            if kind is BlockStored:
                 if event.lora_id is not None and event.adapter is None:
                     event.adapter = str(event.lora_id)
-                if event.group is None:
-                    event.group = 0
-            elif type(event) is BlockRemoved:
-                if event.group is None:
-                    event.group = 0
-            elif medium is None:  # all of them
+            elif kind is AllBlocksCleared and medium is None:
                 continue
             event.medium = "gpu" if medium == "GPU" else _medium(medium)
         return batch
