@@ -11,7 +11,6 @@ import pytest
 import zmq
 
 from kv_fleet import Worker, same, until
-from llm_worker.kv import topics
 from llm_worker.kv.events import AllBlocksCleared, Decoder
 from llm_worker.kv.fleet import Fleet
 from llm_worker.kv.fleet_config import FleetConfig, endpoint
@@ -334,13 +333,3 @@ def test_the_service_answers_over_http(workers: Callable[..., Worker]) -> None:
     assert len(dump) == 5
     assert 'llm_worker_kv_fleet_workers{health="ok"} 1.0' in page
     assert "llm_worker_kv_fleet_unique_blocks" in page
-
-
-def test_topics_and_tokens_can_be_read_back() -> None:
-    """Whatever a worker is called, its name survives the way."""
-    for name in ("host.example:8081", "a@b@c", "a_2e", "ü/*> x", "A-z"):
-        assert topics.parse_topic(topics.topic(name, 3)) == (name, 3)
-        assert topics.from_token(topics.token(name)) == name
-        assert not set(topics.token(name)) & set(".*> /\\")
-    assert topics.parse_topic(b"kv@a@x") is None
-    assert topics.parse_topic(b"other") is None

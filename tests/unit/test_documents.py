@@ -11,6 +11,7 @@ import pytest
 
 from llm_worker import errors
 from llm_worker.config import SETTINGS
+from llm_worker.kv import fleet_config
 
 PIN = "0.32.0"
 
@@ -31,6 +32,20 @@ def test_the_readme_lists_every_setting_with_its_default_and_meaning(repository:
         for setting in SETTINGS
     ]
     assert rows == expected
+
+
+def test_the_readme_lists_every_setting_of_the_fleet_service(repository: Path) -> None:
+    """As for the worker's."""
+    _, _, section = text(repository, "README.md").partition("## The KV index")
+    rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in section.partition("## Troubleshooting")[0].splitlines()
+        if line.startswith("| `--")
+    ]
+    assert rows == [
+        (f"`{setting.flag}`", f"`{setting.default}`" if setting.default else "", setting.meaning)
+        for setting in fleet_config.SETTINGS
+    ]
 
 
 def test_the_readme_names_every_exit_code(repository: Path) -> None:

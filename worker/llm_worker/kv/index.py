@@ -214,7 +214,7 @@ class Source:
     def frozen(self) -> Source:
         """Return a copy of what is held now, for who takes time to read it.
 
-        Costs the writer's thread about 20 ms per million blocks.
+        Costs the writer's thread about 50 ms per million blocks.
         """
         frozen = Source(self._index, self.worker, self.rank)
         frozen.stale = self.stale

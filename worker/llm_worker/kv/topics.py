@@ -52,7 +52,7 @@ class Frozen(NamedTuple):
     worker: str
     rank: int
     sequence: int  # of the last batch that is in it
-    blocks: list[BlockStored]
+    blocks: Iterable[BlockStored]  # made as they are read; once
 
 
 def first_sequence(epoch: int | None = None) -> int:
@@ -110,7 +110,7 @@ def freeze(sources: Iterable[Source], sequence: Callable[[str, int], int]) -> li
             source.worker,
             source.rank,
             sequence(source.worker, source.rank),
-            list(source.snapshot()),
+            source.frozen().snapshot(),
         )
         for source in sources
     ]
