@@ -1,0 +1,172 @@
+"""The thread that owns the KV events: what breaks in it, and how it stops."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from llm_worker.kv.events import BlockStored, Event, encode
+from llm_worker.kv.index import Index, Source
+from llm_worker.kv.listener import Listener
+from llm_worker.kv.pipeline import Pipeline
+from llm_worker.kv.stats import PlaneStats
+from llm_worker.kv.transport import EventSocket
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def socket() -> Iterator[EventSocket]:
+    with EventSocket("tcp://127.0.0.1:0", "tcp://127.0.0.1:0") as open_socket:
+        yield open_socket
+
+
+@pytest.fixture
+def pipeline() -> Iterator[Pipeline]:
+    made = Pipeline(Index())
+    yield made
+    made.close()
+
+
+def listen(pipeline: Pipeline, socket: EventSocket) -> Listener:
+    return pipeline.listen(socket.endpoint, socket.replay_endpoint, worker="w", rank=0)
+
+
+def publish(socket: EventSocket, *hashes: int) -> None:
+    socket.publish(encode(time.time(), [BlockStored(hashes=list(hashes), block_size=16)], 0))
+
+
+class Outlet:
+    def __init__(self) -> None:
+        self.stats = PlaneStats("zmq")
+        self.got: list[Sequence[Event]] = []
+        self.closed = 0
+
+    def publish(
+        self, source: Source, payload: bytes, events: Sequence[Event], timestamp: float
+    ) -> None:
+        self.got.append(events)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_thread_that_breaks_is_started_again_and_misses_nothing(
+    pipeline: Pipeline, socket: EventSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted; the sockets are made anew and what was published meanwhile is replayed."""
+    pipeline.start()
+    listener = listen(pipeline, socket)
+    publish(socket, 1)
+    until(lambda: listener.source.hashes() == {1})
+    patience = Pipeline._patience_ms
+    broken: list[bool] = []
+
+    def breaks(self: Pipeline) -> int:
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("a bug")
+        return patience(self)
+
+    monkeypatch.setattr(Pipeline, "_patience_ms", breaks)
+    publish(socket, 2)
+    until(lambda: pipeline.crashes == 1)
+    publish(socket, 3)
+    until(lambda: listener.source.hashes() == {1, 2, 3} and not listener.source.stale)
+    assert pipeline.alive
+    assert listener.stats.batches_lost == 0
+
+
+def test_a_listener_that_breaks_reconnects_and_goes_on(
+    pipeline: Pipeline, socket: EventSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread and the other listeners do not notice."""
+    pipeline.start()
+    listener = listen(pipeline, socket)
+    publish(socket, 1)
+    until(lambda: listener.source.hashes() == {1})
+    receive = Listener._receive
+    broken: list[bool] = []
+
+    def breaks(self: Listener) -> Any:
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("a bug")
+        return receive(self)
+
+    monkeypatch.setattr(Listener, "_receive", breaks)
+    publish(socket, 2)
+    until(lambda: listener.source.hashes() == {1, 2} and not listener.source.stale)
+    assert listener.stats.crashes == 1
+    assert pipeline.crashes == 0
+
+
+def test_calls_run_between_batches_on_the_thread_and_tell_their_errors(pipeline: Pipeline) -> None:
+    """Before it runs and after it ended they run where they are made."""
+    assert pipeline.at_rest(threading.get_ident) == threading.get_ident()
+    pipeline.start()
+    assert pipeline.at_rest(threading.get_ident) != threading.get_ident()
+    assert pipeline.at_rest(lambda: pipeline.at_rest(lambda: 5)) == 5
+    with pytest.raises(ZeroDivisionError):
+        pipeline.at_rest(lambda: 1 // 0)
+    pipeline.close()
+    assert pipeline.at_rest(threading.get_ident) == threading.get_ident()
+
+
+def test_a_clear_goes_to_the_outlets_like_any_event(
+    pipeline: Pipeline, socket: EventSocket
+) -> None:
+    """Who listens to the plane has to forget the blocks, too."""
+    outlet = Outlet()
+    pipeline.add_outlet(outlet)
+    pipeline.start()
+    listener = listen(pipeline, socket)
+    publish(socket, 1)
+    until(lambda: listener.source.hashes() == {1})
+    pipeline.clear("w", 0)
+    assert not listener.source.hashes()
+    assert [type(events[0]).__name__ for events in outlet.got] == [
+        "BlockStored",
+        "AllBlocksCleared",
+    ]
+
+
+def test_it_stops_listeners_first_and_outlets_last_and_only_once(
+    pipeline: Pipeline, socket: EventSocket
+) -> None:
+    """What was indexed is flushed."""
+    outlet = Outlet()
+    pipeline.add_outlet(outlet)
+    pipeline.start()
+    listener = listen(pipeline, socket)
+    until(lambda: listener.stats.connected)
+    pipeline.close()
+    pipeline.close()
+    assert not pipeline.alive
+    assert not listener.stats.connected
+    assert outlet.closed == 1
+
+
+def test_a_listener_that_is_forgotten_hears_nothing_more(
+    pipeline: Pipeline, socket: EventSocket
+) -> None:
+    """Its blocks stay until somebody removes the worker."""
+    pipeline.start()
+    listener = listen(pipeline, socket)
+    publish(socket, 1)
+    until(lambda: listener.source.hashes() == {1})
+    pipeline.forget(listener)
+    publish(socket, 2)
+    time.sleep(0.1)
+    assert listener.source.hashes() == {1}
+    assert listener.source.stale == {"disconnected"}
+    assert not pipeline.listeners
