@@ -205,9 +205,12 @@ class Stream:
             self._take_unverified()
             if self._recovery is not recovery:
                 pass  # among them was another process's
-            elif self._held:
+            elif self._held and (recovery.replies or not recovery.attempts):
                 self._retry(recovery, "truncated" if recovery.applied else "aged_out")
             else:
+                # Asked twice, it has published nothing that far: what is held was an old process's.
+                self.stats.batches_duplicate += len(self._held)
+                self._held.clear()
                 self._complete(recovery)
         self._count_queue()
 
@@ -313,8 +316,9 @@ class Stream:
 
     def _is_older(self, payload: bytes) -> bool:
         """Whether a batch was made before the last one applied, which has a lower number."""
-        if not self._verifies:
-            return False
+        return self._verifies and self._was_made_before(payload)
+
+    def _was_made_before(self, payload: bytes) -> bool:
         try:
             return self._decode(payload).timestamp < self._timestamp
         except WireError:
@@ -379,9 +383,10 @@ class Stream:
         if self._doubtful or sequence > self.next:
             self._restart(sequence, payload)
         else:
-            # Its predecessor still speaks on the same connection: two that share a name.
             self.stats.batches_duplicate += 1
-            self.source.mark_stale("duplicate_worker")
+            if not self._was_made_before(payload):
+                # Its predecessor still speaks on the same connection: two that share a name.
+                self._mistrust("duplicate_worker")
 
     def _restart(self, sequence: int, payload: bytes | None = None) -> None:
         """Another process publishes: nothing of the last one's is held any more."""
