@@ -365,6 +365,83 @@ def test_after_a_reconnect_the_same_process_goes_on_with_what_was_missed() -> No
     assert ear.stats.batches_lost == 0
 
 
+def restarted(read: int, published: int) -> tuple[Ear, list[tuple[int, bytes]]]:
+    """An ear that read some of ten batches before another process took over, and the rest."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(10)]
+    ear.hear(*messages[:read])
+    ear.stream.disconnected()
+    ear.publisher.restart()
+    for number in range(published):
+        ear.publisher.publish(stored(100 + number))
+    ear.stream.connected()
+    return ear, messages[read:]
+
+
+def test_a_left_over_with_the_very_next_number_is_not_taken_for_the_new_processs() -> None:
+    """What was queued and not read survives the connection; its time gives it away."""
+    ear, left = restarted(read=5, published=5)
+    ear.answer()
+    assert ear.stream.next == 5
+    ear.hear(*left)
+    assert ear.held() == set(range(100, 105))
+    ear.hear(ear.publisher.publish(stored(105)))
+    ear.answer()
+    assert ear.is_true()
+    assert ear.held() == set(range(100, 106))
+
+
+def test_a_left_over_that_was_held_back_is_not_applied_when_its_number_comes() -> None:
+    """It was read while the new process was asked for its first batches."""
+    ear, left = restarted(read=5, published=7)
+    ask = ear.stream.ask
+    ear.stream.replayed(*ear.publisher.sent[4])  # the number that was last, another batch
+    assert ear.stream.ask is not ask
+    ear.hear(left[2])  # number 7
+    ear.answer()
+    assert ear.held() == set(range(100, 107))
+    ear.hear(ear.publisher.publish(stored(107)))
+    ear.answer()
+    assert ear.is_true()
+    assert ear.held() == set(range(100, 108))
+
+
+def test_a_left_over_beyond_all_that_the_new_process_published_is_dropped() -> None:
+    """Nobody will ever fill the gap before it."""
+    ear, left = restarted(read=5, published=2)
+    ear.answer()
+    ear.hear(left[-1])
+    ear.answer()
+    assert ear.is_true()
+    assert ear.stats.queue_batches == 0
+    assert ear.stats.batches_lost == 0
+
+
+def test_a_left_over_is_not_the_first_batch_of_a_process_that_published_nothing() -> None:
+    """The first connection broke before its publisher could be asked."""
+    ear = Ear()
+    ear.stream.connected()
+    left = ear.publisher.publish(stored(1))
+    ear.stream.disconnected()
+    ear.publisher.restart()
+    ear.stream.connected()
+    ear.hear(left)
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_a_restart_forgets_what_was_held_back_for_the_old_process() -> None:
+    """Its gap will never be filled."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(10)]
+    ear.hear(messages[0], messages[7])
+    ear.publisher.restart()
+    ear.hear(ear.publisher.publish(stored(100)))
+    assert ear.stats.queue_batches == 0
+    assert ear.stream.ask is None
+    assert ear.is_true()
+
+
 def test_after_a_reconnect_with_nobody_to_ask_a_number_that_went_back_is_a_restart() -> None:
     """Even when the clock was set back meanwhile; one that goes on is the same process."""
     for goes_on in (True, False):
@@ -397,6 +474,21 @@ def test_batches_that_were_lost_at_the_end_are_found_when_it_is_quiet() -> None:
     assert ear.is_true()
     assert ear.stats.gaps == {"gap": 1}
     assert ear.stats.batches_replayed == 1
+
+
+def test_a_gap_that_shows_while_the_end_is_checked_is_one_gap() -> None:
+    """However many batches wait behind it."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(5)]
+    ear.hear(messages[0])
+    ear.stream.check_tail()
+    ear.hear(*messages[2:])
+    assert ear.stats.gaps == {"gap": 1}
+    ear.fail()
+    assert ear.source.stale == {"gap"}
+    ear.answer()
+    assert ear.is_true()
+    assert ear.stats.gaps == {"gap": 1}
 
 
 def test_the_queue_behind_a_gap_is_bounded_and_what_it_drops_is_replayed() -> None:
@@ -527,6 +619,25 @@ def test_what_arrives_during_a_snapshot_is_applied_once_behind_it() -> None:
     ear.stream.replay_ended()
     assert ear.is_true()
     assert ear.held() == {2, 3}
+
+
+def test_a_snapshot_that_breaks_off_is_asked_for_again_and_starts_anew() -> None:
+    """What the first one brought may be gone by the second."""
+    publisher = Publisher(memory=1, epoch=1000)
+    publisher.publish(stored(1))
+    publisher.publish(stored(2))
+    ear = Ear(publisher)
+    ear.stream.connected()
+    ear.stream.replayed(*publisher.sent[-1])
+    ear.stream.replay_ended()
+    ear.stream.replayed(publisher.sent[-1][0], encode(1.0, [AllBlocksCleared()], 0))
+    ear.stream.replayed(publisher.sent[-1][0], encode(1.0, [stored(1)], 0))
+    ear.fail()
+    assert ear.source.stale == {"missed_first"}
+    publisher.publish(removed(1))
+    ear.answer()
+    assert ear.is_true()
+    assert ear.held() == {2}
 
 
 def test_a_planes_restart_is_a_jump_of_its_epoch() -> None:
