@@ -12,17 +12,19 @@ every touch of a `Stream` goes through ``call``, which is also what holds back a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import msgspec
 import nats.errors
-import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
@@ -37,10 +39,10 @@ DISCOVER_SECONDS = 2.0
 STATUS_SECONDS = 2.0
 _FETCH_MESSAGES = 512
 _FETCH_SECONDS = 0.5
+_HEARTBEAT_SECONDS = 2.0  # of a consumer that has nothing to deliver
 _REQUEST_SECONDS = 2.0
 _SNAPSHOT_SECONDS = 15.0  # without a piece of it
 _LATE_SECONDS = 1.0  # for what was stored out of order
-_SILENCE_SECONDS = 5.0  # of a consumer, before the server is asked whether it has it
 _SNAPSHOT_PAUSE_SECONDS = 5.0
 _TROUBLE = (nats.errors.Error, OSError, TimeoutError)
 
@@ -252,6 +254,8 @@ class _Follower:
         self._place = 0  # of the last message read
         self._alone = False  # the worker answers, and is one
         self._consumer_lost = False
+        self._delivered = 0  # messages, by the present consumer
+        self._heard = 0.0  # monotonic
         self._checked = 0.0
         self._snapshot_after = 0.0
         self._waiting: dict[int, tuple[Ask, float]] = {}  # rank -> asked for what is late, when
@@ -340,13 +344,10 @@ class _Follower:
                 self._stream(int(name.rpartition(".")[2])).connected()
 
         await self._call(begin)
-        until = state.last_seq
         self._place = 0
-        while self._place < until:
-            consumer = await self._consumer(stream)
-            while self._place < until:
-                messages = await self._fetch(consumer)
-                await self._feed(messages, replayed=True)
+        async with self._consumer(stream) as consumer:
+            while self._place < state.last_seq:
+                await self._feed(await self._fetch(consumer), replayed=True)
 
         def end() -> None:
             for each in self.streams.values():
@@ -357,70 +358,81 @@ class _Follower:
     # --- reading on -------------------------------------------------------------------------------
 
     async def _read(self, stream: JetStreamContext) -> None:
-        consumer = await self._consumer(stream)
-        heard = time.monotonic()
-        while True:
-            messages = await self._fetch(consumer)
-            now = time.monotonic()
-            if messages:
-                heard = now
-                await self._feed(messages)
-            elif now - heard > _SILENCE_SECONDS:
-                heard = now
-                await self._verify(stream)
-            await self._answer_asks(now)
-            if now - self._checked > STATUS_SECONDS:
-                self._checked = now
-                await self._check_status()
+        async with self._consumer(stream) as consumer:
+            while True:
+                await self._feed(await self._fetch(consumer))
+                now = time.monotonic()
+                await self._answer_asks(now)
+                if now - self._checked > STATUS_SECONDS:
+                    self._checked = now
+                    await self._check_status()
 
-    async def _consumer(self, stream: JetStreamContext) -> JetStreamContext.PullSubscription:
-        """A consumer of our own, right behind our place. The server forgets it by itself."""
+    @asynccontextmanager
+    async def _consumer(self, stream: JetStreamContext) -> AsyncIterator[Subscription]:
+        """What the server pushes from right behind our place. It forgets us by itself."""
         name = nats_plane.stream_name(self._worker)
         if (await stream.stream_info(name)).state.last_seq < self._place:
             self._place = 0  # another stream than the one we knew; the sequences will tell
-        self._consumer_lost = False
-        return await stream.pull_subscribe(
-            nats_plane.subject(self._worker, "*"),
-            stream=name,
-            config=ConsumerConfig(
-                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                opt_start_seq=self._place + 1,
-                ack_policy=AckPolicy.NONE,
-                inactive_threshold=60.0,
-                mem_storage=True,
-                num_replicas=1,
-            ),
-        )
-
-    async def _fetch(self, consumer: JetStreamContext.PullSubscription) -> list[Msg]:
-        """Some messages, or none for a while.
-
-        Raises:
-            _LostPlaceError: the consumer is gone.
-        """
-        if self._consumer_lost:
-            raise _LostPlaceError
+        inbox = self._client.new_inbox()
+        subscription = await self._client.subscribe(inbox)
         try:
-            return await consumer.fetch(_FETCH_MESSAGES, timeout=_FETCH_SECONDS)
-        except nats.errors.TimeoutError:
-            return []
-        except nats.js.errors.NotFoundError:
-            raise _LostPlaceError from None
+            await stream.add_consumer(
+                name,
+                ConsumerConfig(
+                    deliver_subject=inbox,
+                    deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                    opt_start_seq=self._place + 1,
+                    ack_policy=AckPolicy.NONE,
+                    flow_control=True,
+                    idle_heartbeat=_HEARTBEAT_SECONDS,
+                    mem_storage=True,
+                    num_replicas=1,
+                ),
+            )
+            self._consumer_lost = False
+            self._delivered = 0
+            self._heard = time.monotonic()
+            yield subscription
+        finally:
+            with contextlib.suppress(*_TROUBLE):
+                await subscription.unsubscribe()
 
-    async def _verify(self, stream: JetStreamContext) -> None:
-        """Whether the silence is the worker's and not a consumer's that is gone.
+    async def _fetch(self, consumer: Subscription) -> list[Msg]:
+        """Messages in order: all that are here, or none for a while.
 
         Raises:
-            _LostPlaceError: there is something to read.
+            _LostPlaceError: one is missing, or the consumer is gone.
         """
-        state = (await stream.stream_info(nats_plane.stream_name(self._worker))).state
-        if state.last_seq != self._place and state.messages:
-            raise _LostPlaceError
+        messages: list[Msg] = []
+        while not messages or (consumer.pending_msgs and len(messages) < _FETCH_MESSAGES):
+            if self._consumer_lost:
+                raise _LostPlaceError
+            try:
+                message = await consumer.next_msg(_FETCH_SECONDS)
+            except TimeoutError:
+                if time.monotonic() - self._heard > 3 * _HEARTBEAT_SECONDS:
+                    raise _LostPlaceError from None
+                break
+            self._heard = time.monotonic()
+            headers = message.headers or {}
+            if headers.get("Status"):  # a heartbeat, or the server asks whether we keep up
+                reply = message.reply or headers.get("Nats-Consumer-Stalled")
+                if reply:
+                    await self._client.publish(reply)
+                if int(headers.get("Nats-Last-Consumer", self._delivered)) != self._delivered:
+                    raise _LostPlaceError
+                continue
+            place = message.metadata.sequence
+            if place.consumer != self._delivered + 1:
+                raise _LostPlaceError
+            self._delivered = place.consumer
+            messages.append(message)
+        return messages
 
     async def _feed(self, messages: list[Msg], *, replayed: bool = False) -> None:
         batches: dict[int, list[tuple[bytes, bytes]]] = {}
         for message in messages:
-            self._place = max(self._place, message.metadata.sequence.stream)
+            self._place = message.metadata.sequence.stream
             sequence = (message.headers or {}).get("Nats-Msg-Id", "").rpartition("/")[2]
             rank = message.subject.rpartition(".")[2]
             if sequence.isdigit() and rank.isdigit():
