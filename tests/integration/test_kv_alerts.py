@@ -1,8 +1,9 @@
 """The alerts about KV events, drilled: real faults, real pages, a real Prometheus.
 
 Each site is a process's worth of the KV pipeline (publisher, listener, index, plane, page) with one
-fault that is made and not faked; beside them runs one that is well. Prometheus scrapes their pages
-with the shipped rules, in which only the patience (``for``) is shorter.
+fault that is made and not faked; beside them run some that are well. Prometheus scrapes their pages
+with the shipped rules, in which only the patience (``for``) is shorter, and tells a real
+Alertmanager with the shipped configuration.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ ANY_PORT = "tcp://127.0.0.1:*"
 BEAT_SECONDS = 0.1
 WAIT_SECONDS = 45.0
 
-pytestmark = pytest.mark.needs("prometheus")
+pytestmark = pytest.mark.needs("prometheus", "alertmanager")
 
 CONFIG = """
 global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}
 rule_files: [rules/*.yml]
+alerting: {alertmanagers: [{static_configs: [{targets: ["ALERTMANAGER"]}]}]}
 scrape_configs:
 """
 
@@ -91,6 +93,7 @@ class Site:
 
     job = "worker"
     fires: frozenset[str] = frozenset()  # all of these, and nothing else
+    follows: frozenset[str] = frozenset()  # those that are held back, as another says it all
 
     def __init__(self, *, max_blocks: int | None = None, fleet: bool = False) -> None:
         self.closers: list[Callable[[], object]] = []
@@ -201,6 +204,7 @@ class Gap(Site):
     """A number is left out again and again, and no replay has it."""
 
     fires = frozenset({"KvGapNotHealed", "KvBatchesLost"})
+    follows = frozenset({"KvGapNotHealed"})
 
     def build(self) -> None:
         self.engine = self.publisher()
@@ -219,6 +223,7 @@ class Undecodable(Site):
     """Something else than batches comes over the socket."""
 
     fires = frozenset({"KvEventsUndecodable", "KvSourceStale"})
+    follows = frozenset({"KvSourceStale"})
 
     def build(self) -> None:
         self.engine = self.publisher()
@@ -247,6 +252,7 @@ class Full(Site):
     """More blocks than the index may hold."""
 
     fires = frozenset({"KvIndexFull", "KvSourceStale"})
+    follows = frozenset({"KvSourceStale"})
 
     def __init__(self) -> None:
         super().__init__(max_blocks=20)
@@ -272,6 +278,7 @@ class Backlog(Site):
     """The replay endpoint takes questions and never answers; batches pile up meanwhile."""
 
     fires = frozenset({"KvQueueBacklog", "KvQueueDropping"})
+    follows = frozenset({"KvQueueBacklog"})
 
     def build(self) -> None:
         mute: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -294,6 +301,7 @@ class PlaneAway(Site):
     """The NATS server is not there."""
 
     fires = frozenset({"KvPlaneDown", "KvPlaneBufferFilling", "KvPlaneDropping"})
+    follows = frozenset({"KvPlaneBufferFilling", "KvPlaneDropping"})
 
     def build(self) -> None:
         self.engine = self.publisher()
@@ -338,6 +346,7 @@ class Drift(Site):
     """The engine dropped a block and never said so; the auditor compares."""
 
     fires = frozenset({"KvAuditDrift", "KvSourceStale"})
+    follows = frozenset({"KvSourceStale"})
 
     def build(self) -> None:
         self.engine = self.publisher()
@@ -444,7 +453,7 @@ class Behind(Site):
 
 
 class Prometheus:
-    """The real program with the shipped rules, patient for a second only."""
+    """The real program with the shipped rules, patient for a second only; and an Alertmanager."""
 
     def __init__(self, home: Path, sites: list[Site]) -> None:
         (home / "rules").mkdir()
@@ -452,24 +461,49 @@ class Prometheus:
             text, hasty = re.subn(r"for: \d+\w", "for: 1s", file.read_text(encoding="utf-8"))
             assert hasty or file.name == "recording.yml"
             (home / "rules" / file.name).write_text(text, encoding="utf-8")
-        config = CONFIG
+        self.alertmanager = f"127.0.0.1:{free_port()}"
+        config = CONFIG.replace("ALERTMANAGER", self.alertmanager)
         for job in {site.job for site in sites}:
             targets = json.dumps([site.address for site in sites if site.job == job])
             config += f"  - {{job_name: {job}, static_configs: [{{targets: {targets}}}]}}\n"
         (home / "prometheus.yml").write_text(config)
         self.address = f"127.0.0.1:{free_port()}"
         self.log = home / "prometheus.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    shutil.which("prometheus") or "prometheus",
-                    f"--config.file={home / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={home / 'data'}",
-                    f"--web.listen-address={self.address}",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        self._processes = [
+            self._start(
+                home / "alertmanager.log",
+                shutil.which("prometheus-alertmanager") or "alertmanager",
+                f"--config.file={ROOT / 'alertmanager' / 'alertmanager.yml'}",
+                f"--storage.path={home / 'alertmanager'}",
+                f"--web.listen-address={self.alertmanager}",
+                "--cluster.listen-address=",
+            ),
+            self._start(
+                self.log,
+                "prometheus",
+                f"--config.file={home / 'prometheus.yml'}",
+                f"--storage.tsdb.path={home / 'data'}",
+                f"--web.listen-address={self.address}",
+                "--rules.alert.resend-delay=1s",
+            ),
+        ]
+
+    @staticmethod
+    def _start(log: Path, *command: str) -> subprocess.Popen[bytes]:
+        with log.open("wb") as output:
+            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def suppressed(self) -> dict[str, set[str]]:
+        """The alerts that Alertmanager holds back, by instance."""
+        url = f"http://{self.alertmanager}/api/v2/alerts?active=false"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            alerts = json.load(answer)
+        found: dict[str, set[str]] = {}
+        for one in alerts:
+            if one["status"]["state"] == "suppressed":
+                labels = one["labels"]
+                found.setdefault(labels["instance"], set()).add(labels["alertname"])
+        return found
 
     def firing(self) -> dict[str, set[str]]:
         """The alerts about KV events that fire, by instance."""
@@ -483,8 +517,10 @@ class Prometheus:
         return found
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.wait(30)
 
 
 class Drill:
@@ -501,15 +537,18 @@ class Drill:
         self._beating = threading.Thread(target=self._beat)
         self._beating.start()
         self.seen: dict[str, set[str]] = {}
+        self.held_back: dict[str, set[str]] = {}
 
     def site(self, kind: type[Site]) -> Site:
         return next(site for site in self.sites if type(site) is kind)
 
     def firing(self, kind: type[Site]) -> set[str]:
-        """What fires now about a site; what ever fired is kept in ``seen``."""
+        """What fires now about a site; what ever did, or was held back, is kept."""
         found = self.prometheus.firing()
         for instance, names in found.items():
             self.seen.setdefault(instance, set()).update(names)
+        for instance, names in self.prometheus.suppressed().items():
+            self.held_back.setdefault(instance, set()).update(names)
         return found.get(self.site(kind).address, set())
 
     def reported(self, kind: type[Site]) -> set[str]:
@@ -559,6 +598,22 @@ def test_a_fault_fires_its_alerts(drill: Drill, kind: type[Site]) -> None:
         lambda: drill.firing(kind) >= kind.fires,
         f"{sorted(kind.fires)} fire; see {drill.prometheus.log}",
     )
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in SICK if kind.follows], ids=lambda kind: kind.__name__
+)
+def test_what_follows_from_a_cause_is_not_told_on_top(drill: Drill, kind: type[Site]) -> None:
+    """One fault is one message: Alertmanager holds the rest back, and nothing but the rest."""
+    address = drill.site(kind).address
+    until(
+        lambda: (
+            drill.reported(kind) >= kind.fires
+            and drill.held_back.get(address, set()) >= kind.follows
+        ),
+        f"{sorted(kind.follows)} are held back",
+    )
+    assert drill.held_back[address] == kind.follows
 
 
 def test_a_gap_that_is_healed_is_reported_no_longer(drill: Drill) -> None:
