@@ -339,6 +339,7 @@ def test_a_workers_health_is_its_worst_ranks() -> None:
         "fine": ("", ""),
         "half": ("", "gap"),
         "gone": ("gap", "disconnected"),
+        "lost": ("disconnected", "gap"),
         "cut": ("", ""),
     }
     for worker, reasons in stale.items():
@@ -349,7 +350,7 @@ def test_a_workers_health_is_its_worst_ranks() -> None:
                 source.mark_stale(reason)
     listeners = [
         ListenerStats(worker, rank, connected=(worker, rank) != ("cut", 1))
-        for worker in ("fine", "half", "gone", "cut")
+        for worker in ("fine", "half", "gone", "lost", "cut")
         for rank in (0, 1)
     ]
     listeners.append(ListenerStats("new", 0, connected=True))
@@ -357,12 +358,13 @@ def test_a_workers_health_is_its_worst_ranks() -> None:
         "fine": "ok",
         "half": "stale",
         "gone": "disconnected",
+        "lost": "disconnected",
         "cut": "disconnected",
         "new": "stale",
     }
     page = list(collector(index, listeners, fleet=True).collect())
     counts = [value(page, "fleet_workers", health=health) for health in metrics.WORKER_HEALTH]
-    assert counts == [1, 2, 2]
+    assert counts == [1, 2, 3]
 
 
 def test_unique_and_held_blocks_tell_what_the_fleet_holds_twice() -> None:

@@ -490,9 +490,8 @@ class _Page:
     def histogram(self, name: str, labels: tuple[str, ...], parts: list[Histogram]) -> None:
         """Add one histogram: the sum of those of equal bounds."""
         total = sum(part.total for part in parts)
-        # Each copy is one step of the interpreter: the writer can't come in between.
-        rows = [part.counts.copy() for part in parts]
-        heights = accumulate(map(sum, zip(*rows, strict=True)))
+        # They only grow: whatever the writer adds in between, this is a histogram.
+        heights = accumulate(map(sum, zip(*(part.counts for part in parts), strict=True)))
         bounds = [*map(floatToGoString, parts[0].bounds), "+Inf"]
         buckets = list(zip(bounds, heights, strict=True))
         self._families[name].add_metric(labels, buckets, total)  # type: ignore[attr-defined]
