@@ -155,7 +155,7 @@ def until(what: str, timeout_seconds: float, ask: Callable[[], T | None]) -> T:
 
 
 def start(root: Path, scratch: Path, ports: dict[str, int]) -> Stack:
-    """Build and start the stack of ``root``'s compose file with the demo profile."""
+    """Build and start the stack of ``root``'s compose file with the profiles demo and fleet."""
     receiver = Receiver()
     secrets = scratch / "secrets"
     secrets.mkdir()
@@ -165,7 +165,7 @@ def start(root: Path, scratch: Path, ports: dict[str, int]) -> Stack:
     hook.chmod(0o644)
     settings = {
         "COMPOSE_PROJECT_NAME": f"llm-worker-e2e-{os.getpid()}",
-        "COMPOSE_PROFILES": "demo",
+        "COMPOSE_PROFILES": "demo,fleet",
         "WORKER_CPU_IMAGE": "llm-worker-test/worker-cpu:e2e",
         "ALERTMANAGER_SECRETS": str(secrets),
         **{name: str(port) for name, port in ports.items()},

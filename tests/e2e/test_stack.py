@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ EMPTY_RULES = {
     "instance:llm_worker_kv_index_blocks:ratio": "needs KV events and --worker-kv-max-blocks",
     "instance:llm_worker_kv_fleet_blocks:duplicated": "needs the fleet index",
 }
-SERVICES = ("prometheus", "alertmanager", "grafana", "worker-cpu", "loadgen")
+SERVICES = ("prometheus", "alertmanager", "grafana", "worker-cpu", "loadgen", "kv-index")
 PORTS = (
     "GRAFANA_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "WORKER_API_PORT", "WORKER_SYSTEM_PORT",
+    "KV_INDEX_PORT",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.needs("docker"), pytest.mark.timeout(600)]
@@ -34,7 +36,7 @@ pytestmark = [pytest.mark.needs("docker"), pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def stack(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The shipped compose file with the demo profile, started once."""
+    """The shipped compose file with the profiles demo and fleet, started once."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     running = start(repository, tmp_path_factory.mktemp("e2e"), ports)
     yield running
@@ -80,11 +82,41 @@ def test_the_worker_answers_a_chat(stack: Stack) -> None:
 
 def test_every_part_of_the_stack_is_a_target_that_is_up(stack: Stack) -> None:
     """DNS discovery finds what runs, and nothing that does not."""
-    until("four jobs up", 60, lambda: len(stack.query("up == 1")) == 4)
+    until("five jobs up", 60, lambda: len(stack.query("up == 1")) == 5)
 
     assert {series["metric"]["job"] for series in stack.query("up")} == {
-        "worker", "prometheus", "alertmanager", "grafana",
+        "worker", "prometheus", "alertmanager", "grafana", "kv-index",
     }  # fmt: skip
+
+
+def test_the_fleets_index_holds_the_workers_blocks(stack: Stack) -> None:
+    """Engine → worker → plane → fleet: found by DNS, trusted, and the same blocks under load."""
+
+    def status(service: str) -> dict[str, Any]:
+        return dict(stack.client.get(stack.url(service, "/kv/status")).json())
+
+    until("a trusted worker", 60, lambda: status("KV_INDEX_PORT")["ok"])
+    (mine,), (theirs,) = status("WORKER_SYSTEM_PORT")["sources"], status("KV_INDEX_PORT")["sources"]
+    assert theirs["worker"] == mine["worker"]
+    assert theirs["batches"]["lost"] == mine["batches"]["lost"] == 0
+
+    def matched() -> int:
+        prompt = {"prompt": "The first blocks of this prompt are the same for both. " * 40}
+        stack.client.post(
+            stack.url("WORKER_API_PORT", "/v1/completions"),
+            json={"model": "tiny", "max_tokens": 1, **prompt},
+        )
+        asked = stack.client.post(stack.url("WORKER_SYSTEM_PORT", "/kv/match"), json=prompt).json()
+        dump = stack.client.get(stack.url("WORKER_SYSTEM_PORT", "/kv/dump")).text
+        chains = [json.loads(line) for line in dump.splitlines()]
+        hashes = next(line["hashes"] for line in chains if line.get("hashes"))
+        answer = stack.client.post(
+            stack.url("KV_INDEX_PORT", "/kv/match"), json={"hashes": hashes[:1]}
+        ).json()
+        return len(asked["matches"]) and len(answer["matches"])  # the load evicts in between
+
+    until("blocks in both", 60, matched)
+    assert stack.query('llm_worker_kv_fleet_workers{health="ok"} == 1')
 
 
 def test_the_load_makes_queues_and_hits_and_leavers(stack: Stack) -> None:
