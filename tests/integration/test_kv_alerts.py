@@ -505,15 +505,17 @@ class Prometheus:
                 found.setdefault(labels["instance"], set()).add(labels["alertname"])
         return found
 
+    def query(self, expr: str) -> list[dict[str, str]]:
+        """The labels of every series of an answer."""
+        url = f"http://{self.address}/api/v1/query?{urllib.parse.urlencode({'query': expr})}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return [one["metric"] for one in json.load(answer)["data"]["result"]]
+
     def firing(self) -> dict[str, set[str]]:
         """The alerts about KV events that fire, by instance."""
-        query = urllib.parse.urlencode({"query": 'ALERTS{alertstate="firing",alertname=~"Kv.*"}'})
-        url = f"http://{self.address}/api/v1/query?{query}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            series = json.load(answer)["data"]["result"]
         found: dict[str, set[str]] = {}
-        for one in series:
-            found.setdefault(one["metric"]["instance"], set()).add(one["metric"]["alertname"])
+        for labels in self.query('ALERTS{alertstate="firing",alertname=~"Kv.*"}'):
+            found.setdefault(labels["instance"], set()).add(labels["alertname"])
         return found
 
     def close(self) -> None:
@@ -639,6 +641,22 @@ def test_nothing_else_fires(drill: Drill) -> None:
     )
     for site in drill.sites:
         assert drill.seen.get(site.address, set()) <= site.fires, type(site).__name__
+
+
+def test_every_recording_rule_about_kv_events_returns_data(drill: Drill) -> None:
+    """From what a worker and a fleet index were recorded to say."""
+    text = (RULES / "recording.yml").read_text(encoding="utf-8")
+    rules = re.findall(r"- record: (\w+:llm_worker_kv_\w+:\w+)", text)
+    assert len(rules) == 4
+    worker, fleet = drill.site(Recorded).address, drill.site(RecordedFleet).address
+    for rule in rules:
+        instance = fleet if "fleet" in rule else worker
+        until(
+            lambda rule=rule, instance=instance: drill.prometheus.query(  # type: ignore[misc]
+                f'{rule}{{instance="{instance}"}}'
+            ),
+            rule,
+        )
 
 
 def test_every_alert_about_kv_events_is_drilled() -> None:
