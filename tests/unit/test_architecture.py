@@ -37,8 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.listener": {"kv.index", "kv.stats", "kv.stream"},
     "kv.truth": set(),
     "kv.audit": {"kv.events", "kv.index", "kv.stats"},
-    "kv.pipeline": {"kv.index", "kv.listener", "kv.stats", "kv.stream"},
     "kv.consolidator": {"kv.events"},
+    "kv.merge": {"kv.consolidator", "kv.events", "kv.index", "kv.stream"},
+    "kv.pipeline": {"kv.index", "kv.listener", "kv.merge", "kv.stats", "kv.stream"},
     "kv.transport": {"kv.stats"},
     "kv.publisher": {"kv.stats", "kv.transport"},
     "kv.trtllm": {"kv.events", "kv.publisher"},
@@ -64,8 +65,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "kv.fleet_config": {"errors"},
     "kv.fleet": {
-        "kv.fleet_config", "kv.index", "kv.listener", "kv.nats_source", "kv.pipeline", "kv.stats",
-        "kv.topics", "kv.transport",
+        "errors", "kv.fleet_config", "kv.index", "kv.listener", "kv.nats_source", "kv.pipeline",
+        "kv.stats", "kv.topics", "kv.transport",
     },
     "kv.service": {
         "__init__", "api", "errors", "exposition", "kv.fleet", "kv.fleet_config", "kv.metrics",

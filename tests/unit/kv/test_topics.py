@@ -17,6 +17,12 @@ def test_topics_and_tokens_can_be_read_back(name: str) -> None:
     assert not set(topics.token(name)) & set(".*> /\\")
 
 
+@pytest.mark.parametrize("text", ["", "a.b", "_", "_zz", "a_ff", "_41", "_2E"])
+def test_what_is_no_token_is_none(text: str) -> None:
+    """Others may have streams on the same server."""
+    assert topics.from_token(text) is None
+
+
 @pytest.mark.parametrize("name", [b"", b"kv@", b"kv@a", b"kv@a@x", b"kv@@1", b"a@1", b"kv@\xff@1"])
 def test_what_is_no_topic_is_none(name: bytes) -> None:
     """Others may publish on the same port."""

@@ -15,24 +15,28 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
+from llm_worker.errors import ConfigError
 from llm_worker.kv import topics
 from llm_worker.kv.fleet_config import Endpoint
 from llm_worker.kv.index import Index
 from llm_worker.kv.listener import Listener
-from llm_worker.kv.nats_source import NatsSource
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.transport import END_SEQUENCE, STATUS
+
+if TYPE_CHECKING:
+    from llm_worker.kv.nats_source import NatsSource
 
 logger = logging.getLogger(__name__)
 
 ROUND_SECONDS = 1.0
 _PATIENCE_SECONDS = 5.0  # with an answer, before it is asked for again or done without
+_MAX_STREAMS = 1024  # of one plane
 _NATS = "nats"  # who owns a worker that comes by NATS
 
 
@@ -72,18 +76,19 @@ class Fleet:
         gone_seconds: float = 300.0,
         resolve_seconds: float = 10.0,
     ) -> None:
-        """``gone_seconds``: how long a worker may be away before its blocks are forgotten."""
+        """``gone_seconds``: how long a worker may be away before its blocks are forgotten.
+
+        Raises:
+            ConfigError: there is a NATS endpoint and no NATS client.
+        """
         self.index = Index(max_blocks=max_blocks)
         self.pipeline = Pipeline(self.index)
         self.rounds = 0
         self._endpoints = endpoints
         self._gone_seconds = gone_seconds
         self._resolve_seconds = resolve_seconds
-        self._nats = [
-            NatsSource(each.url, index=self.index, call=self.pipeline.at_rest)
-            for each in endpoints
-            if each.kind == "nats"
-        ]
+        urls = [each.url for each in endpoints if each.kind == "nats"]
+        self._nats = [_nats_source(url, self.index, self.pipeline) for url in urls]
         self._hosts: dict[Endpoint, tuple[str, ...]] = {}
         self._unresolved: dict[Endpoint, str] = {}
         self._addresses: dict[tuple[Endpoint, str], _Address] = {}
@@ -119,7 +124,8 @@ class Fleet:
     @property
     def alive(self) -> bool:
         """Whether all that has to run does."""
-        return self.pipeline.alive and self._threads[0].is_alive()
+        indexing = self.pipeline.alive and all(source.alive for source in self._nats)
+        return indexing and self._threads[0].is_alive()
 
     def listeners(self) -> list[ListenerStats]:
         """The accounts of all streams."""
@@ -283,6 +289,8 @@ class Fleet:
             address.answer, address.pieces = address.pieces, []
             address.answered = time.monotonic()
             return
+        if len(address.pieces) >= _MAX_STREAMS:
+            return
         try:
             address.pieces.append(topics.decode_status(frames[3]))
         except msgspec.DecodeError as error:
@@ -347,6 +355,8 @@ class Fleet:
         endpoint = address.endpoint
         replay = endpoint.replay_port
         for rank in range(endpoint.ranks):
+            if (address.key, address.name, rank) in self._listeners:
+                continue  # the name led there before, and does again
             self._listeners[address.key, address.name, rank] = self.pipeline.listen(
                 address.tcp(endpoint.port + rank),
                 None if replay is None else address.tcp(replay + rank),
@@ -378,7 +388,10 @@ class Fleet:
                 source.mark_stale("upstream")
             elif doubt is not None and "upstream" in source.stale:
                 source.trust("upstream")
-        for (_, worker, _), listener in self._listeners.items():
+        answered = {address.key for there in found.values() for address in there.values()}
+        for (key, worker, rank), listener in self._listeners.items():
+            if key in answered and (worker, rank) not in doubted and worker not in self._duplicates:
+                listener.source.mark_stale("disconnected")  # somebody else lives there now
             if worker not in self._duplicates and "duplicate_worker" in listener.source.stale:
                 listener.stream.check_stale()  # which of the two it was, a snapshot tells
 
@@ -400,6 +413,14 @@ class Fleet:
         for key in [key for key in self._listeners if key[1] == worker]:
             self.pipeline.forget(self._listeners.pop(key))
         self.pipeline.at_rest(lambda: self.index.remove_worker(worker))
+
+
+def _nats_source(url: str, index: Index, pipeline: Pipeline) -> NatsSource:
+    try:
+        from llm_worker.kv.nats_source import NatsSource
+    except ModuleNotFoundError as error:
+        raise ConfigError(["NATS needs its client: pip install 'llm-worker[nats]'"]) from error
+    return NatsSource(url, index=index, call=pipeline.at_rest)
 
 
 def _addresses(host: str) -> tuple[str, ...]:

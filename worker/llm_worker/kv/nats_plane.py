@@ -17,6 +17,7 @@ import logging
 import random
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +35,7 @@ from llm_worker.kv.events import Event
 from llm_worker.kv.stats import PlaneStats
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index import Source
+    from llm_worker.kv.index import Sink, Source
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class NatsPlane:
         self._served: set[str] = set()  # workers whose requests are answered
         self._complaint = ""
         self._closing = False
+        self._window: list[_Item] = []  # on the way
+        self._main: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._connected = asyncio.Event()
@@ -140,7 +143,7 @@ class NatsPlane:
         self._thread.start()
 
     def publish(
-        self, source: Source, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         """Number one batch, which ``source`` has taken in already, and put it into the buffer."""
         key = (source.worker, source.rank)
@@ -170,8 +173,10 @@ class NatsPlane:
             if self._closing:
                 return
             self._closing = True
-        self._loop.call_soon_threadsafe(self._main.cancel)
+        self._loop.call_soon_threadsafe(self._cancel)
         self._thread.join(timeout=5)
+        if not self._thread.is_alive():
+            self._loop.close()
         with self._lock:
             left = len(self._buffer) + self._on_the_way
             self._buffer.clear()
@@ -210,18 +215,22 @@ class NatsPlane:
 
     # --- the plane's own thread -------------------------------------------------------------------
 
+    def _cancel(self) -> None:
+        if self._main is not None:
+            self._main.cancel()
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._main = self._loop.create_task(self._live(), name="kv-nats")
-        try:
-            self._loop.run_until_complete(self._main)
-        except asyncio.CancelledError:
-            pass
-        except Exception:
-            logger.exception("the NATS plane ended")
-            self.stats.up = False
-        finally:
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        while not self._closing:
+            self._main = self._loop.create_task(self._live(), name="kv-nats")
+            try:
+                self._loop.run_until_complete(self._main)
+            except asyncio.CancelledError:
+                break
+            except Exception:  # a bug of ours, or of the client's: what is buffered still has to go
+                self.stats.up = False
+                logger.exception("the NATS plane broke; it starts again")
+                time.sleep(_RETRY_SECONDS[1])
 
     async def _live(self) -> None:
         client = Client()
@@ -252,26 +261,24 @@ class NatsPlane:
 
     async def _send_forever(self, client: Client) -> None:
         stream = client.jetstream(timeout=_ACKNOWLEDGE_SECONDS, publish_async_max_pending=4000)
+        shortest, longest = _RETRY_SECONDS
+        pause = shortest
         while True:
             self._wake.clear()
-            window = self._take()
-            if not window:
+            if not self._window:
+                self._window = self._take()
+                self.stats.published_batches += len(self._window)
+            if not self._window:
                 await self._show_up(client, stream)
                 await _wait(self._wake, _SHOW_UP_SECONDS)
                 continue
-            self.stats.published_batches += len(window)
-            shortest, longest = _RETRY_SECONDS
-            pause = shortest
-            while True:
-                await self._connected.wait()
-                window = self._without_too_large(window, client.max_payload - _HEADERS_BYTES)
-                left = await self._store(client, stream, window)
-                self._settle(len(left))
-                if not left:
-                    break
-                if len(left) < len(window):
-                    pause = shortest
-                window = left
+            await self._connected.wait()
+            sent = self._without_too_large(self._window, client.max_payload - _HEADERS_BYTES)
+            self._window = await self._store(client, stream, sent)
+            self._settle(len(self._window))
+            if len(self._window) < len(sent):
+                pause = shortest
+            if self._window:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
                 pause = min(pause * 2, longest)
 

@@ -79,8 +79,14 @@ class NatsSource:
         self._followers: dict[str, _Follower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._complaint = ""
+        self._main: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kv-nats-source", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Connect, and go on trying as long as it takes."""
@@ -112,7 +118,8 @@ class NatsSource:
             logger.warning("reading KV events from NATS: %s", complaint)
 
     def _cancel(self) -> None:
-        self._main.cancel()
+        if self._main is not None:
+            self._main.cancel()
 
     def _forget(self, worker: str) -> None:
         self._followers.pop(worker, None)
@@ -124,15 +131,16 @@ class NatsSource:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._main = self._loop.create_task(self._live(), name="kv-nats-source")
-        try:
-            self._loop.run_until_complete(self._main)
-        except asyncio.CancelledError:
-            pass
-        except Exception:
-            logger.exception("reading KV events from NATS ended")
-        finally:
-            self.connected = False
+        while True:
+            self._main = self._loop.create_task(self._live(), name="kv-nats-source")
+            try:
+                self._loop.run_until_complete(self._main)
+            except asyncio.CancelledError:
+                break
+            except Exception:  # a bug of ours, or of the client's
+                logger.exception("reading KV events from NATS broke; it starts again")
+                time.sleep(DISCOVER_SECONDS)
+        self._loop.close()
 
     async def _live(self) -> None:
         client = Client()
@@ -145,9 +153,11 @@ class NatsSource:
                     self.complain("looking for streams", error)
                 await asyncio.sleep(DISCOVER_SECONDS)
         finally:
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            self.connected = False
+            tasks = list(self._tasks.values())
+            for worker in list(self._tasks):
+                self._forget(worker)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await nats_plane.quietly(client.close())
 
     async def _connect(self, client: Client) -> None:
@@ -181,9 +191,9 @@ class NatsSource:
                 name = found.config.name or ""
                 if not name.startswith(nats_plane.STREAM_PREFIX):
                     continue
-                worker = (found.config.metadata or {}).get("worker") or topics.from_token(
-                    name.removeprefix(nats_plane.STREAM_PREFIX)
-                )
+                worker = topics.from_token(name.removeprefix(nats_plane.STREAM_PREFIX))
+                if worker is None:  # somebody else's
+                    continue
                 task = self._tasks.get(worker)
                 if task is None and await request(client, worker, b"status"):
                     follower = self._followers[worker] = _Follower(self, client, worker)
@@ -229,16 +239,10 @@ async def request(
                 ended = True  # of one; another may follow
                 continue
             name = topics.parse_topic(headers.get(nats_plane.TOPIC_HEADER, "").encode())
-            if name is not None:
-                pieces.append(
-                    _Piece(
-                        *name,
-                        int(headers.get(nats_plane.SEQUENCE_HEADER, "0")),
-                        int(headers.get(nats_plane.POSITION_HEADER, "0")),
-                        instance,
-                        message.data,
-                    )
-                )
+            sequence = _number(headers.get(nats_plane.SEQUENCE_HEADER))
+            position = _number(headers.get(nats_plane.POSITION_HEADER, "0"))
+            if name is not None and sequence is not None and position is not None:
+                pieces.append(_Piece(*name, sequence, position, instance, message.data))
     finally:
         await subscription.unsubscribe()
 
@@ -341,7 +345,9 @@ class _Follower:
 
         def begin() -> None:
             for name in state.subjects or {}:
-                self._stream(int(name.rpartition(".")[2])).connected()
+                rank = _number(name.rpartition(".")[2])
+                if rank is not None:
+                    self._stream(rank).connected()
 
         await self._call(begin)
         self._place = 0
@@ -419,7 +425,8 @@ class _Follower:
                 reply = message.reply or headers.get("Nats-Consumer-Stalled")
                 if reply:
                     await self._client.publish(reply)
-                if int(headers.get("Nats-Last-Consumer", self._delivered)) != self._delivered:
+                last = _number(headers.get("Nats-Last-Consumer"))
+                if last is not None and last != self._delivered:
                     raise _LostPlaceError
                 continue
             place = message.metadata.sequence
@@ -433,11 +440,11 @@ class _Follower:
         batches: dict[int, list[tuple[bytes, bytes]]] = {}
         for message in messages:
             self._place = message.metadata.sequence.stream
-            sequence = (message.headers or {}).get("Nats-Msg-Id", "").rpartition("/")[2]
-            rank = message.subject.rpartition(".")[2]
-            if sequence.isdigit() and rank.isdigit():
-                frame = int(sequence).to_bytes(8, "big")
-                batches.setdefault(int(rank), []).append((frame, message.data))
+            sequence = _number((message.headers or {}).get("Nats-Msg-Id", "").rpartition("/")[2])
+            rank = _number(message.subject.rpartition(".")[2])
+            if sequence is not None and rank is not None:
+                pair = (sequence.to_bytes(8, "big"), message.data)
+                batches.setdefault(rank, []).append(pair)
 
         def feed() -> None:
             for rank, pairs in batches.items():
@@ -512,6 +519,14 @@ class _Follower:
                     _set(stream, "upstream", told is None or bool(told.stale))
 
         await self._call(mark)
+
+
+def _number(text: str | None) -> int | None:
+    """What others wrote, if it is an unsigned number of 64 bits."""
+    if not text or len(text) > 20 or not (text.isascii() and text.isdecimal()):
+        return None
+    number = int(text)
+    return number if number < 1 << 64 else None
 
 
 def _set(stream: Stream, reason: str, applies: bool) -> None:

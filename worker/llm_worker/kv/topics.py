@@ -86,18 +86,18 @@ def token(worker: str) -> str:
     )
 
 
-def from_token(text: str) -> str:
-    """The worker's name.
-
-    Raises:
-        ValueError: it is no token.
-    """
+def from_token(text: str) -> str | None:
+    """The worker's name, or None: `token` did not make that."""
     plain = b""
     position = 0
     for match in _QUOTED.finditer(text):
         plain += text[position : match.start()].encode() + bytes.fromhex(match[1])
         position = match.end()
-    return (plain + text[position:].encode()).decode()
+    try:
+        worker = (plain + text[position:].encode()).decode()
+    except UnicodeDecodeError:
+        return None
+    return worker if worker and token(worker) == text else None
 
 
 def freeze(sources: Iterable[Source], sequence: Callable[[str, int], int]) -> list[Frozen]:
