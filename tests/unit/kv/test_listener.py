@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
-from llm_worker.kv.index import Index, Source
+from llm_worker.kv.index import Index, Sink, Source
 from llm_worker.kv.listener import connectable
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.stream import ATTEMPTS, EPOCH_BITS, Stream
@@ -71,7 +71,7 @@ class Outlet:
         self.payloads: list[bytes] = []
 
     def publish(
-        self, source: Source, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         self.payloads.append(payload)
 

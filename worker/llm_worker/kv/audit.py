@@ -19,7 +19,7 @@ from operator import xor
 from typing import Any, Protocol
 
 from llm_worker.kv.events import Hash
-from llm_worker.kv.index import Source
+from llm_worker.kv.index import Sink
 from llm_worker.kv.stats import AuditStats, ListenerStats
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,11 @@ class Audited(Protocol):
     """What the pipeline has for one rank."""
 
     rank: int
-    source: Source
     stats: ListenerStats
+
+    @property
+    def source(self) -> Sink:
+        """What is held of it."""
 
     @property
     def stream(self) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from operator import is_not
+from typing import Protocol
 
 from llm_worker.kv.events import (
     HASH_MASK,
@@ -94,6 +95,29 @@ class Lane:
             if is_not(parent, key)
         )
         return total + (keys + sum(own)) * len(parents) // len(sample)
+
+
+class Sink(Protocol):
+    """What one publisher's stream writes to: a source, or its part of one (`merge`)."""
+
+    worker: str
+    rank: int
+    stale: frozenset[str]
+
+    def apply(self, events: Sequence[Event]) -> None:
+        """Bring it up to date with the publisher's events, in their order."""
+
+    def clear(self, medium: str | None = None) -> None:
+        """Forget every block, or those of one medium."""
+
+    def mark_stale(self, reason: str) -> None:
+        """Say that what is held here may not be what the publisher holds."""
+
+    def trust(self, *reasons: str) -> None:
+        """Take back some reasons to be stale; without any, all."""
+
+    def lanes(self) -> list[Lane]:
+        """Return what is held now."""
 
 
 class Source:

@@ -21,7 +21,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from llm_worker.kv.index import Source
+from llm_worker.kv.index import Sink
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.stream import Ask, Outlet, Stream
 
@@ -64,7 +64,7 @@ class Listener:
         *,
         worker: str,
         rank: int,
-        source: Source,
+        source: Sink,
         stats: ListenerStats,
         topic: str = "",
         epochs: bool = False,

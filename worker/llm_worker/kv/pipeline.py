@@ -20,8 +20,9 @@ from typing import Any, Protocol, TypeVar
 
 import zmq
 
-from llm_worker.kv.index import Index
+from llm_worker.kv.index import Index, Sink
 from llm_worker.kv.listener import Listener
+from llm_worker.kv.merge import MergedRank
 from llm_worker.kv.stats import ListenerStats, PlaneStats
 from llm_worker.kv.stream import Outlet as StreamOutlet
 
@@ -55,6 +56,7 @@ class Pipeline:
         self.index = index
         self.listeners: list[Listener] = []
         self.outlets: list[Outlet] = []
+        self.merged: dict[tuple[str, int], MergedRank] = {}  # by worker and rank
         self.crashes = 0  # of the thread
         self._context = context if context is not None else zmq.Context.instance()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = (
@@ -82,19 +84,31 @@ class Pipeline:
         topic: str = "",
         epochs: bool = False,
         block_size: int | None = None,
+        part: str | None = None,
     ) -> Listener:
-        """Index what this publisher says; any thread, at any time."""
+        """Index what this publisher says; any thread, at any time.
+
+        With ``part``, the name of this one, several publishers may speak of one rank, and the index
+        has what any of them holds; see `merge`. Its account goes by ``worker/part``.
+        """
+        source: Sink = self.index.source(worker, rank)
+        if part is not None:
+            merged = self.merged.get((worker, rank))
+            if merged is None:
+                merged = MergedRank(self.index.source(worker, rank), self.outlets)
+                self.merged = {**self.merged, (worker, rank): merged}
+            source = merged.part(part)
         listener = Listener(
             endpoint,
             replay_endpoint,
             worker=worker,
             rank=rank,
-            source=self.index.source(worker, rank),
-            stats=ListenerStats(worker, rank),
+            source=source,
+            stats=ListenerStats(worker if part is None else f"{worker}/{part}", rank),
             topic=topic,
             epochs=epochs,
             block_size=block_size,
-            outlets=self.outlets,
+            outlets=self.outlets if part is None else (),
             context=self._context,
         )
         self.at_rest(lambda: self._add(listener))

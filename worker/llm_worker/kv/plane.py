@@ -18,7 +18,7 @@ from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.transport import EventSocket, Message
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index import Source
+    from llm_worker.kv.index import Sink, Source
 
 REPLAY_PORT_OFFSET = 100
 
@@ -54,7 +54,7 @@ class ZmqPlane:
         self._sources = sources
         self._at_rest = at_rest
         self._first = topics.first_sequence(epoch)
-        self._topics: dict[Source, bytes] = {}
+        self._topics: dict[Sink, bytes] = {}
         self._socket = EventSocket(
             endpoint,
             replay_endpoint,
@@ -69,7 +69,7 @@ class ZmqPlane:
         self.replay_endpoint = self._socket.replay_endpoint
 
     def publish(
-        self, source: Source, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         """Send one batch, which ``source`` has taken in already, as the next of its topic."""
         topic = self._topics.get(source)

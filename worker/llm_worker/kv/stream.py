@@ -30,7 +30,7 @@ from llm_worker.kv.events import (
     WireError,
     encode,
 )
-from llm_worker.kv.index import Source
+from llm_worker.kv.index import Sink
 from llm_worker.kv.stats import ListenerStats
 
 EPOCH_BITS = 32
@@ -53,7 +53,7 @@ class Outlet(Protocol):
     """Where batches go after they were indexed."""
 
     def publish(
-        self, source: Source, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         """Take one batch; never blocks and never raises."""
 
@@ -96,7 +96,7 @@ class Stream:
 
     def __init__(
         self,
-        source: Source,
+        source: Sink,
         stats: ListenerStats,
         *,
         replayable: bool = True,

@@ -1,0 +1,134 @@
+"""One source of the index out of several publishers of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Decoder, Event
+from llm_worker.kv.index import Index, Sink
+from llm_worker.kv.merge import MergedRank
+
+
+class Taken:
+    """A plane that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.payloads: list[bytes] = []
+
+    def publish(
+        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+    ) -> None:
+        assert [type(event) for event in events]
+        assert timestamp == 7.0
+        self.payloads.append(payload)
+
+
+def rank_of(plane: Taken | None = None) -> MergedRank:
+    outlets = [] if plane is None else [plane]
+    return MergedRank(Index().source("worker", 0), outlets, clock=lambda: 7.0)
+
+
+def stored(*hashes: int, medium: str = "gpu") -> BlockStored:
+    return BlockStored(hashes=list(hashes), parent=None, block_size=16, medium=medium)
+
+
+def removed(*hashes: int, medium: str = "gpu") -> BlockRemoved:
+    return BlockRemoved(hashes=list(hashes), medium=medium)
+
+
+def test_a_block_stays_until_its_last_holder_drops_it() -> None:
+    """And on another medium it is another block."""
+    rank = rank_of()
+    engine, connector = rank.part("engine"), rank.part("connector")
+    engine.apply([stored(1, 2)])
+    connector.apply([stored(1), stored(1, medium="cpu")])
+    assert rank.source.blocks() == {"gpu": 2, "cpu": 1}
+    engine.apply([removed(1, 2)])
+    assert rank.source.blocks() == {"gpu": 1, "cpu": 1}
+    connector.apply([removed(1)])
+    assert rank.source.blocks().get("gpu", 0) == 0
+    assert rank.source.blocks()["cpu"] == 1
+
+
+def test_clearing_a_part_leaves_what_the_other_holds() -> None:
+    """A reset of the engine's cache does not empty the connector's."""
+    rank = rank_of()
+    rank.part("engine").apply([stored(1, 2)])
+    rank.part("connector").apply([stored(2, 3, medium="cpu"), stored(2)])
+    rank.part("engine").clear()
+    assert rank.source.hashes() == {2, 3}
+
+
+def test_the_source_is_doubted_as_long_as_a_part_is() -> None:
+    """Each part's reasons come and go; the index's own reason is left alone."""
+    rank = rank_of()
+    engine, connector = rank.part("engine"), rank.part("connector")
+    for part in (engine, connector):
+        part.mark_stale("unsynchronised")
+    engine.trust("unsynchronised")
+    assert rank.source.stale == {"unsynchronised"}
+    connector.trust("unsynchronised")
+    assert not rank.source.stale
+    rank.source.mark_stale("index_full")
+    engine.mark_stale("gap")
+    connector.mark_stale("gap")
+    engine.trust("gap")
+    assert rank.source.stale == {"gap", "index_full"}
+    connector.trust()
+    assert rank.source.stale == {"index_full"}
+
+
+def test_planes_get_the_merged_stream() -> None:
+    """What changes nothing is not published, what does is published as one batch."""
+    plane = Taken()
+    rank = rank_of(plane)
+    rank.part("engine").apply([stored(1)])
+    rank.part("connector").apply([stored(1)])
+    rank.part("engine").apply([removed(1)])
+    assert len(plane.payloads) == 1
+    (event,) = Decoder().decode(plane.payloads[0]).events
+    assert isinstance(event, BlockStored)
+    assert event.hashes == [1]
+
+
+EVENTS = st.one_of(
+    st.builds(stored, st.integers(0, 5)),
+    st.builds(lambda value: stored(value, medium="cpu"), st.integers(0, 5)),
+    st.builds(removed, st.integers(0, 5)),
+    st.builds(lambda value: removed(value, medium="cpu"), st.integers(0, 5)),
+    st.builds(AllBlocksCleared),
+    st.builds(lambda: AllBlocksCleared(medium="cpu")),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["engine", "connector"]), EVENTS), max_size=40))
+def test_the_index_and_a_reader_of_the_plane_hold_the_union(
+    history: list[tuple[str, Event]],
+) -> None:
+    """Whatever the parts say, in whatever order."""
+    plane = Taken()
+    rank = rank_of(plane)
+    alone = {name: Index().source(name, 0) for name in ("engine", "connector")}
+    for name, event in history:
+        rank.part(name).apply([event])
+        alone[name].apply([event])
+    reader = Index().source("reader", 0)
+    for payload in plane.payloads:
+        reader.apply(Decoder().decode(payload).events)
+    for medium in ("gpu", "cpu"):
+        union = {
+            value
+            for source in alone.values()
+            for lane in source.lanes()
+            if lane.medium == medium
+            for value in lane.parents
+        }
+        for source in (rank.source, reader):
+            held = {
+                value for lane in source.lanes() if lane.medium == medium for value in lane.parents
+            }
+            assert held == union

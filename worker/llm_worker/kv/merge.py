@@ -1,0 +1,99 @@
+"""Several publishers of one rank → one source of the index and one stream to the planes.
+
+An engine says what its own cache holds; an offloading connector with a publisher of its own says
+what it keeps elsewhere. Each has its own numbers, gaps and doubts, so each is followed by a stream
+of its own, which writes to a `Part` here instead of to the index. The union goes to the index. The
+source is doubted as long as one of its parts is. All of it runs on the pipeline's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from llm_worker.kv.consolidator import Consolidator
+from llm_worker.kv.events import AllBlocksCleared, Event, encode
+from llm_worker.kv.index import Lane, Source
+from llm_worker.kv.stream import Outlet
+
+
+class MergedRank:
+    """One rank's parts, and what they hold together."""
+
+    def __init__(
+        self,
+        source: Source,
+        outlets: Sequence[Outlet] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.source = source
+        self.consolidator = Consolidator()
+        self._outlets = outlets
+        self._clock = clock
+        self._parts: dict[str, Part] = {}
+        # The source's own until the parts have theirs.
+        self._told = source.stale
+
+    def part(self, name: str) -> Part:
+        """Return the part of that name, made when it is not there yet."""
+        part = self._parts.get(name)
+        if part is None:
+            part = self._parts[name] = Part(self, name)
+        return part
+
+    def feed(self, name: str, events: Sequence[Event]) -> None:
+        """Take in what a part says; the index and the planes get what it changes."""
+        changes = self.consolidator.feed(name, self.source.rank, events)
+        if not changes:
+            return
+        self.source.apply(changes)
+        if self._outlets:
+            now = self._clock()
+            payload = encode(now, changes, self.source.rank)
+            for outlet in self._outlets:
+                outlet.publish(self.source, payload, changes, now)
+
+    def doubt(self) -> None:
+        """Bring the source's reasons to be stale up to date with its parts'."""
+        reasons = frozenset().union(*(part.stale for part in self._parts.values()))
+        for reason in reasons - self.source.stale:
+            self.source.mark_stale(reason)
+        if gone := self._told - reasons:
+            self.source.trust(*gone)
+        self._told = reasons
+
+
+class Part:
+    """What one publisher's stream writes to; see `stream.Sink`."""
+
+    def __init__(self, whole: MergedRank, name: str) -> None:
+        self.worker = whole.source.worker
+        self.rank = whole.source.rank
+        self.stale: frozenset[str] = frozenset()
+        self._whole = whole
+        self._name = name
+
+    def apply(self, events: Sequence[Event]) -> None:
+        """Bring the part up to date with its publisher's events, in their order."""
+        self._whole.feed(self._name, events)
+
+    def clear(self, medium: str | None = None) -> None:
+        """Forget what this part holds; what another one holds, too, stays."""
+        self._whole.feed(self._name, [AllBlocksCleared(medium=medium)])
+
+    def mark_stale(self, reason: str) -> None:
+        """Say that what is held here may not be what the publisher holds."""
+        if reason not in self.stale:
+            self.stale |= {reason}
+            self._whole.doubt()
+
+    def trust(self, *reasons: str) -> None:
+        """Take back some reasons to be stale; without any, all."""
+        before = self.stale
+        self.stale = before.difference(reasons) if reasons else frozenset()
+        if self.stale != before:
+            self._whole.doubt()
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes of the whole."""
+        return self._whole.source.lanes()
