@@ -241,7 +241,7 @@ class Worker:
             return told.result(TRUTH_SECONDS)
 
         try:
-            await engine.kv_truth()
+            await asyncio.wait_for(engine.kv_truth(), TRUTH_SECONDS)
         except Exception as error:  # the plug-in is missing there: no audits, no hashing
             log.warning("the engine does not tell what its KV cache holds: %s", error)
         self.kv.start(
