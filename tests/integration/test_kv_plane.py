@@ -25,11 +25,13 @@ pytestmark = pytest.mark.timeout(60)
 END = b"\xff" * 8
 
 
-def plane(worker: Worker, ports: tuple[int, int] = (0, 0), **options: Any) -> ZmqPlane:
+def plane(
+    worker: Worker, ports: tuple[int, int] = (0, 0), host: str = "127.0.0.1", **options: Any
+) -> ZmqPlane:
     """The worker's plane, on free ports unless told."""
     made = ZmqPlane(
-        f"tcp://127.0.0.1:{ports[0]}",
-        f"tcp://127.0.0.1:{ports[1]}",
+        f"tcp://{host}:{ports[0]}",
+        f"tcp://{host}:{ports[1]}",
         sources=worker.index.sources,
         at_rest=worker.at_rest,
         **options,
@@ -286,18 +288,58 @@ def test_two_pipelines_compose_from_an_engines_events_to_the_fleet(
 
 
 def test_a_plain_vllm_server_is_a_source_too(fleets: Callable[..., Fleet]) -> None:
-    """Under the name it was given, without anything of ours at its end."""
+    """Under the name it was given; forgotten when it is gone for long, and found again."""
     ports = free_ports(2)
-    with publisher(*(f"tcp://127.0.0.1:{port}" for port in ports)) as engine:
+    endpoints = [f"tcp://127.0.0.1:{port}" for port in ports]
+    source_of = f"vllm://127.0.0.1:{ports[0]},replay={ports[1]},worker=box"
+    with publisher(*endpoints) as engine:
         engine.publish_stored(None, [1] * 32, [16] * 2, [1, 2])
-        fleet = fleets(f"vllm://127.0.0.1:{ports[0]},replay={ports[1]},worker=box")
+        fleet = fleets(source_of, gone_seconds=1.5)
         until("its blocks", lambda: fleet.index.match([1, 2, 3]))
         (held,) = fleet.index.match([1, 2, 3])
+    until("forgotten", lambda: not fleet.index.held_blocks())
+    assert [(source.worker, bool(source.stale)) for source in fleet.index.sources()] == [
+        ("box", True)
+    ]
+    with publisher(*endpoints) as engine:
+        engine.publish_stored(None, [1] * 16, [16], [5])
+        until("found again", lambda: [each for each in fleet.index.match([5]) if not each.stale])
 
     assert (held.worker, held.rank, held.medium, held.blocks, held.miss) == (
         "box", 0, "gpu", 2, "absent",
     )  # fmt: skip
     assert not held.stale
+    assert len(fleet.listeners()) == 1
+
+
+def test_a_name_that_leads_to_several_workers_is_one_source_for_each(
+    workers: Callable[..., Worker], fleets: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `--scale`: replicas are found as they come, without a restart."""
+    port, replay = free_ports(2)
+    leads_to = ["127.0.0.2"]
+
+    def lookup(host: str, *_: object, **__: object) -> list[Any]:
+        assert host == "replicas"
+        return [(2, 1, 6, "", (address, 0)) for address in leads_to]
+
+    monkeypatch.setattr("llm_worker.kv.fleet.socket.getaddrinfo", lookup)
+    first = workers("a", ports=(port, replay), host="127.0.0.2")
+    first.store(3)
+    fleet = fleets(f"zmq://replicas:{port},replay={replay}", resolve_seconds=0.2)
+    until("the first", lambda: same(first, fleet.index))
+    second = workers("b", ports=(port, replay), host="127.0.0.3")
+    second.store(3)
+    leads_to.append("127.0.0.3")
+    until("the second", lambda: same(second, fleet.index))
+    leads_to.remove("127.0.0.2")  # still there, but no longer in the name
+    first.store(1)
+    until("the first all the same", lambda: same(first, fleet.index))
+
+    assert {each["address"] for each in fleet.status()["endpoints"]} == {
+        f"127.0.0.2:{port}",
+        f"127.0.0.3:{port}",
+    }
 
 
 def test_the_service_answers_over_http(workers: Callable[..., Worker]) -> None:

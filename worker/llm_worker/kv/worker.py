@@ -106,7 +106,11 @@ class WorkerKv:
 
         scheme, _, address = plane.partition("://")
         if scheme != "zmq":
-            from llm_worker.kv.nats_plane import NatsPlane
+            try:
+                from llm_worker.kv.nats_plane import NatsPlane
+            except ModuleNotFoundError as error:
+                fix = "pip install 'llm-worker[nats]', or choose another --worker-kv-plane"
+                raise ConfigError([f"NATS needs its client: {fix}"]) from error
 
             return NatsPlane(plane, sources=sources, at_rest=self.pipeline.at_rest)
         from llm_worker.kv.plane import ZmqPlane
