@@ -142,7 +142,8 @@ class Fleet:
                 "source": str(address.endpoint),
                 "address": address.key,
                 "answers": self._answers(address, now),
-                "workers": sorted({status.worker for status in address.answer} or {address.name}),
+                "workers": sorted({status.worker for status in address.answer})
+                or [name for name in (address.name,) if name],
             }
             for address in list(self._addresses.values())
         ]
