@@ -64,13 +64,14 @@ def _listen(connection: Connection, endpoint: str, replay_endpoint: str | None) 
     from llm_worker.kv.index import Index
     from llm_worker.kv.pipeline import Pipeline
 
-    pipeline = Pipeline(Index())
+    index = Index()
+    pipeline = Pipeline(index)
     pipeline.start()
     listener = pipeline.listen(endpoint, replay_endpoint, worker="w", rank=0)
     connection.send("ready")
     while True:
         connection.recv()
-        connection.send((listener.stats, set(listener.source.stale), listener.source.hashes()))
+        connection.send((listener.stats, set(listener.source.stale), index.source("w", 0).hashes()))
 
 
 class Process:

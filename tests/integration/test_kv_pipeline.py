@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 
-from llm_worker.kv.events import BlockStored, Event, encode
-from llm_worker.kv.index import Index, Source
+from llm_worker.kv.events import BlockStored, Event, Hash, encode
+from llm_worker.kv.index import Index, Sink, Source
 from llm_worker.kv.listener import Listener
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.transport import EventSocket
+
+
+def held(listener: Listener) -> set[Hash]:
+    """The hashes that the index has of this rank."""
+    assert isinstance(listener.source, Source)
+    return listener.source.hashes()
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -52,7 +58,7 @@ class Outlet:
         self.closed = 0
 
     def publish(
-        self, source: Source, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         self.got.append(events)
 
@@ -67,7 +73,7 @@ def test_a_thread_that_breaks_is_started_again_and_misses_nothing(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: listener.source.hashes() == {1})
+    until(lambda: held(listener) == {1})
     patience = Pipeline._patience_ms
     broken: list[bool] = []
 
@@ -81,7 +87,7 @@ def test_a_thread_that_breaks_is_started_again_and_misses_nothing(
     publish(socket, 2)
     until(lambda: pipeline.crashes == 1)
     publish(socket, 3)
-    until(lambda: listener.source.hashes() == {1, 2, 3} and not listener.source.stale)
+    until(lambda: held(listener) == {1, 2, 3} and not listener.source.stale)
     assert pipeline.alive
     assert listener.stats.batches_lost == 0
 
@@ -93,7 +99,7 @@ def test_a_listener_that_breaks_reconnects_and_goes_on(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: listener.source.hashes() == {1})
+    until(lambda: held(listener) == {1})
     receive = Listener._receive
     broken: list[bool] = []
 
@@ -105,7 +111,7 @@ def test_a_listener_that_breaks_reconnects_and_goes_on(
 
     monkeypatch.setattr(Listener, "_receive", breaks)
     publish(socket, 2)
-    until(lambda: listener.source.hashes() == {1, 2} and not listener.source.stale)
+    until(lambda: held(listener) == {1, 2} and not listener.source.stale)
     assert listener.stats.crashes == 1
     assert pipeline.crashes == 0
 
@@ -131,9 +137,9 @@ def test_a_clear_goes_to_the_outlets_like_any_event(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: listener.source.hashes() == {1})
+    until(lambda: held(listener) == {1})
     pipeline.clear("w", 0)
-    assert not listener.source.hashes()
+    assert not held(listener)
     assert [type(events[0]).__name__ for events in outlet.got] == [
         "BlockStored",
         "AllBlocksCleared",
@@ -163,10 +169,10 @@ def test_a_listener_that_is_forgotten_hears_nothing_more(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: listener.source.hashes() == {1})
+    until(lambda: held(listener) == {1})
     pipeline.forget(listener)
     publish(socket, 2)
     time.sleep(0.1)
-    assert listener.source.hashes() == {1}
+    assert held(listener) == {1}
     assert listener.source.stale == {"disconnected"}
     assert not pipeline.listeners
