@@ -37,8 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.listener": {"kv.index", "kv.stats", "kv.stream"},
     "kv.truth": set(),
     "kv.audit": {"kv.events", "kv.index", "kv.stats"},
-    "kv.consolidator": {"kv.events"},
-    "kv.merge": {"kv.consolidator", "kv.events", "kv.index", "kv.stream"},
+    "kv.consolidator": {"kv.events", "kv.stats"},
+    "kv.merge": {"kv.consolidator", "kv.events", "kv.index", "kv.stats", "kv.stream"},
     "kv.pipeline": {"kv.index", "kv.listener", "kv.merge", "kv.stats", "kv.stream"},
     "kv.transport": {"kv.stats"},
     "kv.publisher": {"kv.stats", "kv.transport"},
@@ -51,8 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.routes": {"kv.events", "kv.index", "kv.stats"},
     "kv.metrics": {"kv.index", "kv.stats"},
     "kv.worker": {
-        "errors", "kv.audit", "kv.index", "kv.metrics", "kv.nats_plane", "kv.pipeline", "kv.plane",
-        "kv.routes", "kv.stats",
+        "errors", "kv.audit", "kv.index", "kv.merge", "kv.metrics", "kv.nats_plane", "kv.pipeline",
+        "kv.plane", "kv.routes", "kv.stats",
     },
     "api": {"errors", "exposition", "health", "kv.routes"},
     "engine": {

@@ -68,6 +68,7 @@ def test_every_setting_is_read_from_flag_and_environment_and_the_flag_wins(
         "kv-events-port": ("21000", "22000"),
         "kv-replay-port": ("21500", "22500"),
         "kv-plane": ("zmq://127.0.0.1:21900", "nats://broker:4222"),
+        "kv-connector-events": ("127.0.0.1:57001", "connector:57001,replay=57101"),
         "kv-max-blocks": ("1000000", "2000000"),
         "id": ("worker-a", "worker-b"),
         "multiproc-dir": ("/a", "/b"),
@@ -149,10 +150,12 @@ def test_settings_of_the_kv_index_that_make_no_sense_are_named_together() -> Non
     found = problems(
         "--model=m", "--worker-kv-events-port=1024", "--worker-kv-plane=kafka://here:1",
         "--worker-kv-max-blocks=0", "--worker-id", "my worker",
+        "--worker-kv-connector-events=somewhere",
     )  # fmt: skip
     assert [problem.split(" ")[0] for problem in found] == [
         "--worker-kv-plane",
         "--worker-kv-max-blocks",
+        "--worker-kv-connector-events",
         "--worker-id",
     ]
     (without,) = problems("--model=m", "--worker-kv-max-blocks=5")

@@ -97,10 +97,12 @@ class Worker:
         self._last_sign = 0.0
         self.kv: WorkerKv | None = None
         if config.kv_index is not None:
+            connector = config.kv_index.connector
             self.kv = WorkerKv(
                 config.worker_id or f"{socket.gethostname()}:{config.system_port or os.getpid()}",
                 plane=config.kv_index.plane,
                 max_blocks=config.kv_index.max_blocks,
+                connector=connector and (connector.host, connector.port, connector.replay_port),
             )
             self.exposition.register("kv", self.kv.collector())
         handlers = Handlers(

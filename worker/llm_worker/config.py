@@ -62,6 +62,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "kv-plane", "zmq://*:20280", "where indexed KV events go; or `nats://HOST:4222`, `off`"
     ),
+    Setting(
+        "kv-connector-events",
+        "",
+        "`HOST:PORT[,replay=PORT]` of an offloading connector's own KV events, + rank: merged",
+    ),
     Setting("kv-max-blocks", "", "blocks that the KV index holds at most; empty: no bound"),
     Setting("id", "", "name of this worker among others; empty: host name and system port"),
     Setting("multiproc-dir", "", "prometheus_client's multiprocess directory; `auto` makes one"),
@@ -96,11 +101,21 @@ class KvEvents:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectorEvents:
+    """Where an offloading connector publishes KV events of its own, in vLLM's format."""
+
+    host: str
+    port: int  # rank 0's
+    replay_port: int | None  # rank 0's; None: nobody to ask
+
+
+@dataclass(frozen=True, slots=True)
 class KvIndex:
     """The index of the engine's KV blocks, and where its events go on to."""
 
     plane: str | None  # zmq://HOST:PORT, replay 100 above, or nats://HOST:PORT; None: nowhere
     max_blocks: int | None  # of all ranks
+    connector: ConnectorEvents | None = None  # merged with the engine's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +382,17 @@ class _Reader:
             )
         return text
 
+    def connector_events(self, name: str) -> ConnectorEvents | None:
+        text = self._values[name]
+        if not text:
+            return None
+        found = re.fullmatch(r"([A-Za-z0-9_.:\[\]%-]+):(\d+)(?:,replay=(\d+))?", text)
+        ports = [int(port) for port in found.groups()[1:] if port] if found else []
+        if found is None or not all(1 <= port <= 65535 for port in ports):
+            self.problem(name, f"{text!r}: write HOST:PORT or HOST:PORT,replay=PORT")
+            return None
+        return ConnectorEvents(found[1], ports[0], ports[1] if len(ports) > 1 else None)
+
     def choice(self, name: str, choices: Sequence[str]) -> str:
         text = self._values[name]
         if text not in choices:
@@ -507,11 +533,13 @@ def _kv_events(reader: _Reader, theirs: Sequence[str], problems: list[str]) -> K
 
 def _kv_index(reader: _Reader, kv_events: KvEvents | None, theirs: Sequence[str]) -> KvIndex | None:
     plane, max_blocks = reader.plane("kv-plane"), reader.count("kv-max-blocks")
+    connector = reader.connector_events("kv-connector-events")
     if kv_events is None and _option(theirs, "--kv-events-config") is None:
-        if max_blocks is not None:
-            reader.problem("kv-max-blocks", "there is no index without --worker-kv-events-port")
+        for name, value in (("kv-max-blocks", max_blocks), ("kv-connector-events", connector)):
+            if value is not None:
+                reader.problem(name, "there is no index without --worker-kv-events-port")
         return None
-    return KvIndex(plane, max_blocks)
+    return KvIndex(plane, max_blocks, connector)
 
 
 def _check_ports(

@@ -14,7 +14,7 @@ from llm_worker.kv import metrics, stats
 from llm_worker.kv.events import BlockRemoved, BlockStored
 from llm_worker.kv.index import Index
 from llm_worker.kv.metrics import FAMILIES, PREFIX, KvCollector
-from llm_worker.kv.stats import AuditStats, ListenerStats, PlaneStats
+from llm_worker.kv.stats import AuditStats, ListenerStats, MergeStats, PlaneStats
 from llm_worker.metrics import Metrics
 
 # Dashboards, rules and other people's queries rely on these.
@@ -48,6 +48,8 @@ LABELS = {
     "audits_total": ("worker", "engine", "outcome"),
     "audit_drift_blocks": ("worker", "engine"),
     "plane_up": ("plane",),
+    "merge_withheld_blocks_total": ("worker", "engine", "reason"),
+    "pipeline_crashes_total": (),
     "plane_sequence": ("plane",),
     "plane_published_batches_total": ("plane",),
     "plane_acknowledged_batches_total": ("plane",),
@@ -81,6 +83,7 @@ UNKNOWN_AT_FIRST = {
     "audit_drift_blocks",
     "plane_sequence",
     "index_max_blocks",
+    "merge_withheld_blocks",  # nothing is merged
 }
 
 
@@ -187,6 +190,28 @@ def test_only_the_fleet_service_tells_of_the_fleet() -> None:
         PREFIX + family.name.removesuffix("_total")
         for family in FAMILIES
         if not family.name.startswith("fleet_")
+    }
+
+
+def test_merging_and_crashes_are_on_the_page() -> None:
+    """What merging holds back is a dropped value, and a broken thread is a lie in the making."""
+    collector = KvCollector(
+        Index(),
+        listeners=list,
+        merges=lambda: [MergeStats("w", 1, 2, 3, 4)],
+        crashes=lambda: 5,
+    )
+    values = {
+        (sample.name.removeprefix(PREFIX), sample.labels.get("reason")): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+        if sample.labels.get("worker") == "w" or "crashes" in sample.name
+    }
+    assert values == {
+        ("merge_withheld_blocks_total", "stored_elsewhere"): 2,
+        ("merge_withheld_blocks_total", "held_elsewhere"): 3,
+        ("merge_withheld_blocks_total", "unknown_removed"): 4,
+        ("pipeline_crashes_total", None): 5,
     }
 
 

@@ -10,25 +10,16 @@ Pure: no I/O, no clock, no logging, one thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from msgspec.structs import replace
 
 from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
+from llm_worker.kv.stats import MergeStats
 
 _Place: TypeAlias = tuple[str, int]  # medium and group: all that a removal says
 _Lane: TypeAlias = tuple[str, int, str | None]  # and the adapter
 _REMOVED_BLOCKS = 512  # in one event, when a source clears
-
-
-@dataclass(slots=True)
-class ConsolidatorStats:
-    """What merging kept back. In blocks."""
-
-    stored_elsewhere_blocks: int = 0  # not told: another source, or this one, has it already
-    held_elsewhere_blocks: int = 0  # removal not told: another source, or a copy, is left
-    unknown_removed_blocks: int = 0  # removed by a source that never stored it
 
 
 class Consolidator:
@@ -38,8 +29,8 @@ class Consolidator:
     is told depends on the order only in which one of them tells of a block.
     """
 
-    def __init__(self) -> None:
-        self.stats = ConsolidatorStats()
+    def __init__(self, stats: MergeStats | None = None) -> None:
+        self.stats = MergeStats() if stats is None else stats
         self._ranks: dict[int, _Rank] = {}
 
     def feed(self, source: str, rank: int, events: Iterable[Event]) -> list[Event]:
@@ -89,7 +80,7 @@ class _Rank:
     merged stream has is exactly its keys.
     """
 
-    def __init__(self, stats: ConsolidatorStats) -> None:
+    def __init__(self, stats: MergeStats) -> None:
         self.stats = stats
         self.sources: dict[str, dict[_Lane, dict[Hash, int]]] = {}
         self.holders: dict[_Lane, dict[Hash, int]] = {}

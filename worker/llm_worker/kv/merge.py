@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from llm_worker.kv.consolidator import Consolidator
 from llm_worker.kv.events import AllBlocksCleared, Event, encode
 from llm_worker.kv.index import Lane, Source
+from llm_worker.kv.stats import MergeStats
 from llm_worker.kv.stream import Outlet
+
+ENGINE = "engine"  # the part that every rank has
 
 
 class MergedRank:
@@ -27,7 +30,7 @@ class MergedRank:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.source = source
-        self.consolidator = Consolidator()
+        self.consolidator = Consolidator(MergeStats(source.worker, source.rank))
         self._outlets = outlets
         self._clock = clock
         self._parts: dict[str, Part] = {}

@@ -34,6 +34,7 @@ from llm_worker.kv.stats import (
     AuditStats,
     Histogram,
     ListenerStats,
+    MergeStats,
     PlaneStats,
 )
 
@@ -339,6 +340,24 @@ FLEET_FAMILIES = (
         "are, but blocks of a rank cannot be trusted; ok: neither.",
     ),
 )
+MERGE_FAMILIES = (
+    Family(
+        "merge_withheld_blocks_total",
+        "counter",
+        (*_RANK, "reason"),
+        "Blocks of which merging an engine's events with its connector's told nothing. "
+        "stored_elsewhere: stored, and held already; held_elsewhere: removed, and still held; "
+        "unknown_removed: removed by a publisher that never stored it.",
+    ),
+)
+PIPELINE_FAMILIES = (
+    Family(
+        "pipeline_crashes_total",
+        "counter",
+        (),
+        "Times the thread of the KV pipeline broke and was started again.",
+    ),
+)
 # In the order of the page. The last group is the fleet service's only.
 FAMILIES = (
     *LISTENER_FAMILIES,
@@ -346,6 +365,8 @@ FAMILIES = (
     *INDEX_FAMILIES,
     *AUDIT_FAMILIES,
     *PLANE_FAMILIES,
+    *MERGE_FAMILIES,
+    *PIPELINE_FAMILIES,
     *FLEET_FAMILIES,
 )
 
@@ -372,6 +393,8 @@ class KvCollector:
         listeners: Callable[[], Iterable[ListenerStats]],
         planes: Callable[[], Iterable[PlaneStats]] = _none,
         audits: Callable[[], Iterable[AuditStats]] = _none,
+        merges: Callable[[], Iterable[MergeStats]] = _none,
+        crashes: Callable[[], int] = int,
         fleet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -380,6 +403,8 @@ class KvCollector:
         self._listeners = listeners
         self._planes = planes
         self._audits = audits
+        self._merges = merges
+        self._crashes = crashes
         self._fleet = fleet
         self._clock = clock
         self._walk_due = float("-inf")
@@ -396,6 +421,10 @@ class KvCollector:
         yield from self._index_families()
         yield from _audit_families(self._audits())
         yield from _plane_families(self._planes())
+        yield from _merge_families(self._merges())
+        page = _Page(PIPELINE_FAMILIES)
+        page.counter("pipeline_crashes_total", (), self._crashes())
+        yield from page
         if self._fleet:
             yield from self._fleet_families(sources, listeners)
 
@@ -432,6 +461,16 @@ class KvCollector:
         for name in WORKER_HEALTH:
             page.gauge("fleet_workers", (name,), health[name])
         yield from page
+
+
+def _merge_families(merges: Iterable[MergeStats]) -> Iterator[Metric]:
+    page = _Page(MERGE_FAMILIES)
+    for merge in merges:
+        for reason in ("stored_elsewhere", "held_elsewhere", "unknown_removed"):
+            labels = (merge.worker, str(merge.rank), reason)
+            count: int = getattr(merge, f"{reason}_blocks")
+            page.counter("merge_withheld_blocks_total", labels, count)
+    yield from page
 
 
 def worker_health(sources: Iterable[Source], listeners: Iterable[ListenerStats]) -> dict[str, str]:

@@ -22,8 +22,8 @@ import zmq
 
 from llm_worker.kv.index import Index, Sink
 from llm_worker.kv.listener import Listener
-from llm_worker.kv.merge import MergedRank
-from llm_worker.kv.stats import ListenerStats, PlaneStats
+from llm_worker.kv.merge import ENGINE, MergedRank
+from llm_worker.kv.stats import ListenerStats, MergeStats, PlaneStats
 from llm_worker.kv.stream import Outlet as StreamOutlet
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ class Pipeline:
         """Index what this publisher says; any thread, at any time.
 
         With ``part``, the name of this one, several publishers may speak of one rank, and the index
-        has what any of them holds; see `merge`. Its account goes by ``worker/part``.
+        has what any of them holds; see `merge`. The account of any but the engine's goes by
+        ``worker/part``.
         """
         source: Sink = self.index.source(worker, rank)
         if part is not None:
@@ -104,7 +105,7 @@ class Pipeline:
             worker=worker,
             rank=rank,
             source=source,
-            stats=ListenerStats(worker if part is None else f"{worker}/{part}", rank),
+            stats=ListenerStats(worker if part in (None, ENGINE) else f"{worker}/{part}", rank),
             topic=topic,
             epochs=epochs,
             block_size=block_size,
@@ -142,6 +143,10 @@ class Pipeline:
                 log.exception("a KV plane could not be closed")
         self._wakened.close()
         self._waker.close()
+
+    def merges(self) -> list[MergeStats]:
+        """What merging several publishers of one rank kept back."""
+        return [merged.consolidator.stats for merged in self.merged.values()]
 
     @property
     def alive(self) -> bool:

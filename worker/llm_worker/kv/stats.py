@@ -129,6 +129,17 @@ class AuditStats:
 
 
 @dataclass(slots=True)
+class MergeStats:
+    """What merging several publishers of one rank kept back. In blocks."""
+
+    worker: str = ""
+    rank: int = 0
+    stored_elsewhere_blocks: int = 0  # not told: another source, or this one, has it already
+    held_elsewhere_blocks: int = 0  # removal not told: another source, or a copy, is left
+    unknown_removed_blocks: int = 0  # removed by a source that never stored it
+
+
+@dataclass(slots=True)
 class PlaneStats:
     """One plane that records go out on."""
 

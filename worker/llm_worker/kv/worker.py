@@ -6,7 +6,7 @@ Owns the order in which they start and stop. Knows no engine: it is handed endpo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import zmq
 from llm_worker.errors import ConfigError
 from llm_worker.kv.audit import Auditor, Truth
 from llm_worker.kv.index import Index
+from llm_worker.kv.merge import ENGINE
 from llm_worker.kv.metrics import KvCollector
 from llm_worker.kv.pipeline import Outlet, Pipeline
 from llm_worker.kv.routes import HashBlocks, KvHandlers
@@ -23,6 +24,7 @@ from llm_worker.kv.stats import AuditStats, ListenerStats, PlaneStats
 log = logging.getLogger(__name__)
 
 ZMQ_REPLAY_OFFSET = 100
+CONNECTOR = "connector"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,18 @@ class EventSource:
 class WorkerKv:
     """Index, plane and auditor of one worker. Everything can be asked before it is started."""
 
-    def __init__(self, worker: str, *, plane: str | None, max_blocks: int | None) -> None:
+    def __init__(
+        self,
+        worker: str,
+        *,
+        plane: str | None,
+        max_blocks: int | None,
+        connector: tuple[str, int, int | None] | None = None,
+    ) -> None:
         """``plane`` is ``zmq://HOST:PORT``, ``nats://HOST:PORT`` or None.
+
+        ``connector``: host, port and replay port of rank 0 where an offloading connector publishes
+        events of its own; the other ranks' come behind.
 
         Raises:
             ConfigError: the plane's ports are taken.
@@ -47,6 +59,7 @@ class WorkerKv:
         self.worker = worker
         self.index = Index(max_blocks=max_blocks)
         self.pipeline = Pipeline(self.index)
+        self._connector = connector
         self._auditor: Auditor | None = None
         self._hash_blocks: HashBlocks | None = None
         if plane is not None:
@@ -64,19 +77,35 @@ class WorkerKv:
         self._hash_blocks = hash_blocks
         self.pipeline.start()
         for source in sources:
-            self.pipeline.listen(
-                source.endpoint,
-                source.replay_endpoint,
-                worker=self.worker,
-                rank=source.rank,
-                topic=source.topic,
-                block_size=block_size,
-            )
-        if not self.pipeline.listeners:
+            self._listen(source, block_size, part=ENGINE if self._connector else None)
+        engine = self.pipeline.listeners
+        if not engine:
             log.warning("the engine publishes no KV events: the KV index stays empty")
             return
-        self._auditor = Auditor(truth, lambda: self.pipeline.listeners, self.pipeline.at_rest)
+        for source in self._connector_sources(len(engine)):
+            self._listen(source, None, part=CONNECTOR)  # its blocks may be of another size
+        # The engine can be asked what it holds, a connector cannot.
+        self._auditor = Auditor(truth, lambda: engine, self.pipeline.at_rest)
         self._auditor.start()
+
+    def _connector_sources(self, ranks: int) -> Iterator[EventSource]:
+        if self._connector is None:
+            return
+        host, port, replay = self._connector
+        for rank in range(ranks):
+            answers = None if replay is None else f"tcp://{host}:{replay + rank}"
+            yield EventSource(rank, f"tcp://{host}:{port + rank}", answers, "")
+
+    def _listen(self, source: EventSource, block_size: int | None, part: str | None) -> None:
+        self.pipeline.listen(
+            source.endpoint,
+            source.replay_endpoint,
+            worker=self.worker,
+            rank=source.rank,
+            topic=source.topic,
+            block_size=block_size,
+            part=part,
+        )
 
     def close(self) -> None:
         """Listen no more, flush the plane, and let go of the ports. Safe to call again."""
@@ -87,7 +116,12 @@ class WorkerKv:
     def collector(self) -> KvCollector:
         """What all of it counts, for the exposition."""
         return KvCollector(
-            self.index, listeners=self._listeners, planes=self._planes, audits=self._audits
+            self.index,
+            listeners=self._listeners,
+            planes=self._planes,
+            audits=self._audits,
+            merges=self.pipeline.merges,
+            crashes=lambda: self.pipeline.crashes,
         )
 
     def handlers(self) -> KvHandlers:
