@@ -102,7 +102,9 @@ class Worker:
                 config.worker_id or f"{socket.gethostname()}:{config.system_port or os.getpid()}",
                 plane=config.kv_index.plane,
                 max_blocks=config.kv_index.max_blocks,
-                connector=connector and (connector.host, connector.port, connector.replay_port),
+                connector=None
+                if connector is None
+                else (connector.host, connector.port, connector.replay_port),
             )
             self.exposition.register("kv", self.kv.collector())
         handlers = Handlers(
