@@ -55,6 +55,10 @@ class NatsServer:
             assert time.monotonic() < deadline, "nats-server does not answer"
             time.sleep(0.02)
 
+    def forget(self) -> None:
+        """Delete what it stored."""
+        shutil.rmtree(self._directory / "jetstream", ignore_errors=True)
+
     def _greets(self) -> bool:
         address = ("127.0.0.1", self.port)
         with contextlib.suppress(OSError), socket.create_connection(address, timeout=1) as there:

@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from kv_fleet import Worker, same, until
+from llm_worker.kv import fleet as fleet_module
 from llm_worker.kv.events import AllBlocksCleared, Decoder
 from llm_worker.kv.fleet import Fleet
 from llm_worker.kv.fleet_config import FleetConfig, endpoint
@@ -23,6 +24,13 @@ from worker_process import free_ports
 
 pytestmark = pytest.mark.timeout(60)
 END = b"\xff" * 8
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is a matter of seconds in a fleet."""
+    monkeypatch.setattr(fleet_module, "ROUND_SECONDS", 0.2)
+    monkeypatch.setattr(fleet_module, "_PATIENCE_SECONDS", 1.5)
 
 
 def plane(
@@ -224,7 +232,7 @@ def test_a_worker_that_is_gone_for_long_is_forgotten(
     worker, other = workers("gone"), workers("there")
     worker.store(5)
     other.store(5)
-    fleet = fleets(source(worker.plane), source(other.plane), gone_seconds=6.0)  # type: ignore[arg-type]
+    fleet = fleets(source(worker.plane), source(other.plane), gone_seconds=2.5)  # type: ignore[arg-type]
     until("both", lambda: same(worker, fleet.index) and same(other, fleet.index))
     assert worker.plane is not None
     worker.plane.close()

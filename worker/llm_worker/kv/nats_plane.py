@@ -133,6 +133,7 @@ class NatsPlane:
         self._complaint = ""
         self._closing = False
         self._window: list[_Item] = []  # on the way
+        self._waiting: list[asyncio.Future[Any]] = []  # for their acknowledgements
         self._main: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
@@ -244,6 +245,8 @@ class NatsPlane:
         async def lost() -> None:
             self.stats.up = False
             self._connected.clear()
+            for future in self._waiting:  # their answers are lost with the connection
+                future.cancel()
 
         async def back() -> None:
             self.stats.reconnects += 1
@@ -312,10 +315,12 @@ class NatsPlane:
         except (nats.errors.Error, OSError) as error:
             self._complain("publish", error)
         if waiting:
-            await asyncio.wait([future for _, future in waiting], timeout=_ACKNOWLEDGE_SECONDS)
+            self._waiting = [future for _, future in waiting]
+            await asyncio.wait(self._waiting, timeout=_ACKNOWLEDGE_SECONDS)
+            self._waiting = []
         stored = set()
         for item, future in waiting:
-            if not future.done():
+            if not future.done() or future.cancelled():
                 future.cancel()
                 self._complain("acknowledgement", TimeoutError("none in time"))
             elif refusal := future.exception():

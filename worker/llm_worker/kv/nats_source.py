@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import NamedTuple
 
 import msgspec
@@ -43,6 +44,7 @@ _HEARTBEAT_SECONDS = 2.0  # of a consumer that has nothing to deliver
 _REQUEST_SECONDS = 2.0
 _SNAPSHOT_SECONDS = 15.0  # without a piece of it
 _LATE_SECONDS = 1.0  # for what was stored out of order
+_TAIL_SECONDS = 6.0  # behind what the worker has sent, without progress
 _SNAPSHOT_PAUSE_SECONDS = 5.0
 _TROUBLE = (nats.errors.Error, OSError, TimeoutError)
 
@@ -258,6 +260,9 @@ class _Follower:
         self._place = 0  # of the last message read
         self._alone = False  # the worker answers, and is one
         self._consumer_lost = False
+        self._created: datetime | None = None  # the stream
+        # rank -> the number that it waits for though it was sent, and since when (monotonic)
+        self._behind: dict[int, tuple[int | None, float]] = {}
         self._delivered = 0  # messages, by the present consumer
         self._heard = 0.0  # monotonic
         self._checked = 0.0
@@ -377,8 +382,10 @@ class _Follower:
     async def _consumer(self, stream: JetStreamContext) -> AsyncIterator[Subscription]:
         """What the server pushes from right behind our place. It forgets us by itself."""
         name = nats_plane.stream_name(self._worker)
-        if (await stream.stream_info(name)).state.last_seq < self._place:
+        found = await stream.stream_info(name)
+        if self._created not in (None, found.created) or found.state.last_seq < self._place:
             self._place = 0  # another stream than the one we knew; the sequences will tell
+        self._created = found.created
         inbox = self._client.new_inbox()
         subscription = await self._client.subscribe(inbox)
         try:
@@ -492,6 +499,7 @@ class _Follower:
         owner = self._owner
         answer = await request(self._client, self._worker, b"status")
         statuses: dict[int, topics.Status] = {}
+        sequences: dict[int, int] = {}
         instances = set()
         for piece in answer or ():
             try:
@@ -500,6 +508,7 @@ class _Follower:
                 owner.complain(f"status of {self._worker}", error)
                 continue
             statuses[piece.rank] = status
+            sequences[piece.rank] = piece.sequence
             instances.add(status.instance)
         self._alone = len(instances) == 1
         if answer is not None:
@@ -517,8 +526,30 @@ class _Follower:
                 if answer is not None:
                     told = statuses.get(rank)
                     _set(stream, "upstream", told is None or bool(told.stale))
+                    self._check_tail(stream, rank, sequences.get(rank))
 
         await self._call(mark)
+
+    def _check_tail(self, stream: Stream, rank: int, sequence: int | None) -> None:
+        """What was sent last and the server lost, or is too full for: a snapshot has it."""
+        waits = stream.next
+        if sequence is None or stream.ask is not None or not _is_behind(stream, sequence):
+            self._behind.pop(rank, None)
+            return
+        now = time.monotonic()
+        known, since = self._behind.get(rank, (None, now))
+        if known != waits or rank not in self._behind:
+            self._behind[rank] = (waits, now)
+        elif now - since > _TAIL_SECONDS:
+            del self._behind[rank]
+            stream.source.mark_stale("gap")
+
+
+def _is_behind(stream: Stream, sequence: int) -> bool:
+    """Whether the worker has sent more than was read."""
+    if stream.next is None:
+        return sequence & topics.COUNTER_MASK != topics.COUNTER_MASK  # just before its first
+    return sequence >= stream.next
 
 
 def _number(text: str | None) -> int | None:
