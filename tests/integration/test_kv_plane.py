@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -23,6 +24,7 @@ from llm_worker.kv.service import Service
 from worker_process import free_ports
 
 pytestmark = pytest.mark.timeout(60)
+T = TypeVar("T")
 END = b"\xff" * 8
 
 
@@ -33,16 +35,30 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_module, "_PATIENCE_SECONDS", 1.5)
 
 
+def bound(make: Callable[[], T]) -> T:
+    """Make it once its ports are free: libzmq lets go of a closed socket's a moment later."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return make()
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
 def plane(
     worker: Worker, ports: tuple[int, int] = (0, 0), host: str = "127.0.0.1", **options: Any
 ) -> ZmqPlane:
     """The worker's plane, on free ports unless told."""
-    made = ZmqPlane(
-        f"tcp://{host}:{ports[0]}",
-        f"tcp://{host}:{ports[1]}",
-        sources=worker.index.sources,
-        at_rest=worker.at_rest,
-        **options,
+    made = bound(
+        lambda: ZmqPlane(
+            f"tcp://{host}:{ports[0]}",
+            f"tcp://{host}:{ports[1]}",
+            sources=worker.index.sources,
+            at_rest=worker.at_rest,
+            **options,
+        )
     )
     worker.plane = made
     return made
@@ -89,7 +105,7 @@ def fleets() -> Iterator[Callable[..., Fleet]]:
 @contextmanager
 def publisher(endpoint: str, replay_endpoint: str) -> Iterator[ZmqKvEventPublisher]:
     """Events in vLLM's format, as an engine publishes them."""
-    made = ZmqKvEventPublisher(endpoint, 16, replay_endpoint=replay_endpoint)
+    made = bound(lambda: ZmqKvEventPublisher(endpoint, 16, replay_endpoint=replay_endpoint))
     try:
         yield made
     finally:
