@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import tracemalloc
 from collections import Counter
 
@@ -229,23 +230,32 @@ def test_a_match_says_why_it_ends(events: list[Event], blocks: int, reason: str 
     assert reason is None or reason in MISS_REASONS
 
 
-def test_the_memory_that_is_reported_is_what_was_allocated() -> None:
-    """Within a twentieth, for chains in one event and for one block per event."""
+@pytest.mark.parametrize(("blocks", "chains"), [(8, 1), (1, 1), (1, 64)])
+def test_the_memory_that_is_reported_is_what_was_allocated(blocks: int, chains: int) -> None:
+    """Within a twentieth: chains in one event, a block per event, and many requests at a time."""
     step = 0x9E3779B97F4A7C15  # hashes as wide as real ones
-    for blocks in (8, 1):
-        gc.collect()
-        tracemalloc.start()
-        index = Index()
-        source = index.source("w", 0)
-        for n in range(0, 40_000, blocks):
-            hashes = [(n + i) * step & HASH_MASK for i in range(1, blocks + 1)]
-            source.apply([stored(*hashes, parent=n * step & HASH_MASK)])
-        gc.collect()
-        traces = tracemalloc.take_snapshot().traces
-        tracemalloc.stop()
-        # What was asked for, in the steps of 16 bytes in which small objects are given out.
-        allocated = sum((trace.size + 15) & ~15 for trace in traces)
-        assert index.memory_bytes() == pytest.approx(allocated, rel=0.05)
+    numbers = iter(range(1, 40_001))
+    ends = [0] * chains
+    gc.collect()
+    tracemalloc.start()
+    index = Index()
+    source = index.source("w", 0)
+    for turn in range(40_000 // blocks):
+        hashes = [next(numbers) * step & HASH_MASK for _ in range(blocks)]
+        parent = ends[turn % chains] + 0  # an equal object, not the same, as a decoder's are
+        source.apply([stored(*hashes, parent=parent + (1 << 63) - (1 << 63) if parent else None)])
+        ends[turn % chains] = hashes[-1]
+    del hashes, parent
+    ends.clear()
+    gc.collect()
+    traces = tracemalloc.take_snapshot().traces
+    tracemalloc.stop()
+    # What was asked for, in the steps of 16 bytes in which small objects are given out.
+    allocated = sum((trace.size + 15) & ~15 for trace in traces)
+    assert index.memory_bytes() == pytest.approx(allocated, rel=0.05)
+    # The table, and one object per block: a parent is the key that it equals.
+    (lane,) = source.lanes()
+    assert allocated < sys.getsizeof(lane.parents) + 56 * 40_000
 
 
 def test_a_snapshot_makes_an_empty_source_equal() -> None:

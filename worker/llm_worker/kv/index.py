@@ -12,8 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, takewhile
-from operator import is_not
+from itertools import islice, takewhile
 from typing import Protocol
 
 from llm_worker.kv.events import (
@@ -26,6 +25,7 @@ from llm_worker.kv.events import (
 from llm_worker.kv.stats import STALE_REASONS, MatchStats, SourceStats
 
 UNBOUNDED = 1 << 62
+MAX_TIPS = 4096  # of one lane: chains that may go on
 MAX_LANES = 4096  # of one source: media times groups times adapters
 SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
 
@@ -57,7 +57,7 @@ class Lane:
 
     __slots__ = (
         "adapter", "block_size", "copies", "group", "kind", "locality", "medium", "parents",
-        "sizes", "sliding_window",
+        "sizes", "sliding_window", "tips",
     )  # fmt: skip
 
     def __init__(self, event: BlockStored) -> None:
@@ -71,6 +71,9 @@ class Lane:
         self.parents: dict[Hash, Hash | None] = {}
         self.copies: dict[Hash, int] = {}  # beyond the first; only of blocks that have some
         self.sizes: dict[Hash, int] = {}  # only of blocks whose size is not the lane's
+        # Where chains may go on: each to itself, so that a parent can be the key that it equals
+        # and not a second object. Of a block per event that is a third of the memory.
+        self.tips: dict[Hash | None, Hash | None] = {}
 
     def copy(self) -> Lane:
         """Return a lane of the same blocks."""
@@ -83,18 +86,12 @@ class Lane:
         """Return what the lane occupies, from the sizes of its tables and of a sample of hashes."""
         parents = self.parents
         sample = list(islice(parents.items(), 4096))
-        total = sys.getsizeof(parents) + sys.getsizeof(self.copies) + sys.getsizeof(self.sizes)
+        tables = (parents, self.copies, self.sizes, self.tips)
+        total = sum(sys.getsizeof(table) for table in tables)
         if not sample:
             return total
-        keys = sum(_allocated(key) for key, _ in sample)
-        # A parent inside one event is the key before it; the first one's is an object of its own.
-        before = chain((None,), (key for key, _ in sample))
-        own = (
-            _allocated(parent)
-            for (_, parent), key in zip(sample, before, strict=False)
-            if is_not(parent, key)
-        )
-        return total + (keys + sum(own)) * len(parents) // len(sample)
+        objects = {id(value): value for pair in sample for value in pair}
+        return total + sum(map(_allocated, objects.values())) * len(parents) // len(sample)
 
 
 class Sink(Protocol):
@@ -139,6 +136,7 @@ class Source:
         room = before = index.room_blocks
         stored = stored_events = removed_events = unknown = 0
         parents: dict[Hash, Hash | None] | None = None  # where removals of medium, group go
+        lane: Lane | None = None
         medium, group = "", 0
         for event in events:
             if type(event) is BlockStored:
@@ -150,11 +148,13 @@ class Source:
                     new = self._store_each(lane, event, room)
                     parents = None
                 else:
-                    table, parent = lane.parents, event.parent
+                    table, tips, parent = lane.parents, lane.tips, event.parent
+                    parent = tips.pop(parent, parent)
                     new = -len(table)
                     for value in hashes:  # faster than any one call of dict
                         table[value] = parent
                         parent = value
+                    tips[parent] = parent
                     new += len(table)
                     if new != count:
                         self._count_copies(lane, hashes, new)
@@ -187,6 +187,8 @@ class Source:
                 room = before = index.room_blocks
                 parents = None
         index.room_blocks = room
+        if lane is not None and len(lane.tips) > MAX_TIPS:
+            lane.tips.clear()
         stats.stored_events += stored_events
         stats.stored_blocks += stored
         if removed_events:
