@@ -60,7 +60,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("kv-events-port", "", "publish KV-cache events on this port + rank; empty: off"),
     Setting("kv-replay-port", "", "replay of KV-cache events, + rank; empty: events port + 100"),
     Setting(
-        "kv-plane", "zmq://*:20280", "where indexed KV events go; or `nats://HOST:4222`, `off`"
+        "kv-plane",
+        "zmq://127.0.0.1:20280",
+        "where indexed KV events go; or `nats://HOST:4222`, `off`",
     ),
     Setting(
         "kv-connector-events",
