@@ -9,27 +9,46 @@ Owns that text, and nothing of what a page may show. Knows private attributes of
 (0.20 to 0.26) and trusts its exact classes with values in memory only: whatever is anything else (a
 subclass, a gauge with a function, values in files, an exemplar, a value that a format forbids) it
 refuses, and `exposition` reads that through ``collect()``, to the same page. Like ``collect()`` it
-reads values one by one. One thread at a time.
+reads values one by one. One thread at a time. Imports prometheus_client when it is first asked,
+since that library decides at its import whether values are in memory.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
-
-import prometheus_client.metrics
-import prometheus_client.utils
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.values import MutexValue
 
 from llm_worker.series import NOT_FINITE, Naming, escaped_name, layout, names_of
 
-_CLASSES = frozenset({Counter, Gauge, Histogram})
 _VALUE = attrgetter("_value")
 _EXEMPLAR = attrgetter("_exemplar")
+
+
+@functools.cache
+def _client() -> SimpleNamespace:
+    """What is needed of prometheus_client."""
+    from prometheus_client import (
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        metrics,
+        utils,
+        values,
+    )
+
+    return SimpleNamespace(
+        registry=CollectorRegistry,
+        classes=frozenset({Counter, Gauge, Histogram}),
+        value=values.MutexValue,
+        metrics=metrics,  # the module, which says whether it is told when a series was created
+        bound=utils.floatToGoString,
+    )
 
 
 class NotDirectError(Exception):
@@ -38,7 +57,7 @@ class NotDirectError(Exception):
 
 def collectors(registry: Any) -> Iterable[Any]:
     """What a registry would collect from, one by one; anything else is its own only collector."""
-    if type(registry) is not CollectorRegistry or registry.get_target_info():
+    if type(registry) is not _client().registry or registry.get_target_info():
         return (registry,)
     with registry._lock:
         return list(registry._collector_to_names)
@@ -68,7 +87,7 @@ class Family:
             NotDirectError: it is none of the classes known here.
             InvalidFamilyError: its name cannot be shown.
         """
-        if type(metric) not in _CLASSES:
+        if type(metric) not in _client().classes:
             raise NotDirectError
         self.metric = metric
         self.type: str = metric._type
@@ -95,7 +114,7 @@ class Family:
         if len(living) < len(self._children):
             self._children.clear()
             self._starts.clear()
-        with_created = prometheus_client.metrics._use_created and self.type != "gauge"
+        with_created = _client().metrics._use_created and self.type != "gauge"
         texts: list[str] = []
         late: list[str] = []
         for key, of in living:
@@ -121,12 +140,14 @@ class Family:
         labels = dict(zip(self.metric._labelnames, key, strict=True))
         cells = [of._value] if self.type != "histogram" else [*of._buckets, of._sum]
         bounds = of._upper_bounds if self.type == "histogram" else ()
-        if any(type(cell) is not MutexValue for cell in cells) or (bounds and bounds[0] < 0):
+        in_memory = _client().value
+        if any(type(cell) is not in_memory for cell in cells) or (bounds and bounds[0] < 0):
             raise NotDirectError
         name = self.name
         if bounds:
             series = [
-                self._start(f"{name}_bucket", {**labels, "le": _bound(bound)}) for bound in bounds
+                self._start(f"{name}_bucket", {**labels, "le": _client().bound(bound)})
+                for bound in bounds
             ]
             series += [self._start(f"{name}{suffix}", labels) for suffix in ("_count", "_sum")]
         else:
@@ -153,10 +174,6 @@ class Family:
         heights = list(accumulate(values[:-1], initial=0.0))[1:]
         numbers = map(_number, (*heights, heights[-1], values[-1]))
         return "\n".join(map(str.__add__, series, numbers))
-
-
-def _bound(value: float) -> str:
-    return str(prometheus_client.utils.floatToGoString(value))  # type: ignore[no-untyped-call]
 
 
 def _number(value: float) -> str:
