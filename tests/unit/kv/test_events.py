@@ -161,6 +161,13 @@ def test_maps_of_today_and_of_tomorrow() -> None:
     )
 
 
+@pytest.mark.parametrize("more", [{}, {"medium": "disk"}])
+def test_an_adapter_without_a_name_is_its_number(more: dict[str, object]) -> None:
+    """As before 0.14, whichever decoder takes the event."""
+    (event,) = decoded(stored(lora_id=5, **more))
+    assert isinstance(event, BlockStored) and (event.adapter, event.lora_id) == ("5", 5)
+
+
 @pytest.mark.parametrize("value", [1, HASH_MASK, b"\x01" * 32])
 def test_hashes_are_integers_or_bytes(value: int | bytes) -> None:
     """VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES=0 sends 32 bytes."""
@@ -238,6 +245,8 @@ def test_a_stream_may_change_its_encoding() -> None:
     for payload in (positional, unsigned, positional, signed, unsigned, pack([1, [], 0]), signed):
         for event in decoder.decode(payload).events:
             assert isinstance(event, BlockStored) and event.hashes == [HASH_MASK - 2]
+    decoder.decode(positional)
+    assert decoder._decode is decoder._batches[2]  # tried first from now on
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.events import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
-from llm_worker.kv.index import MAX_LANES, MISS_REASONS, Index, Source
+from llm_worker.kv.index import MAX_LANES, MAX_TIPS, MISS_REASONS, Index, Source
 
 
 def stored(*hashes: int | bytes, parent: int | bytes | None = None, **where: object) -> BlockStored:
@@ -89,6 +89,38 @@ def test_a_block_twice_in_one_event_is_two_copies() -> None:
     assert source.hashes() == {1, 2}
     source.apply([removed(1)])
     assert source.hashes() == {2} and consistent(source)
+
+
+def test_a_removal_in_the_same_batch_sees_what_came_just_before_it() -> None:
+    """A copy, a clear, another size: what was looked up for the removal before is not what is."""
+    source = source_of(stored(1), removed(9), stored(1), removed(1), max_blocks=9)
+    assert source.hashes() == {1} and consistent(source)
+    source.apply([removed(9), AllBlocksCleared(), removed(1)])
+    assert source.stats.unknown_removed_blocks == 3 and consistent(source)
+    source.apply([stored(1), removed(9), stored(2, block_size=4), removed(2), stored(2)])
+    (lane,) = source.lanes()
+    assert set(lane.parents) == {1, 2} and not lane.sizes and consistent(source)
+    source.apply([stored(5, group=1), stored(5, medium="cpu")])
+    source.apply([removed(9), removed(5, group=1), removed(5, medium="cpu"), removed(1)])
+    assert source.hashes() == {2} and consistent(source)
+
+
+def test_blocks_of_another_size_are_remembered_with_it() -> None:
+    """A partial block shares its lane with full ones; a placeholder's zero is no size to keep."""
+    source = source_of(stored(1, 2), stored(3, parent=2, block_size=4), stored(9, medium="cpu"))
+    lane, other = source.lanes()
+    assert (lane.block_size, lane.sizes) == (16, {3: 4})
+    source.apply([removed(3), removed(9, medium="cpu"), stored(8, medium="cpu", block_size=64)])
+    assert not lane.sizes and (other.block_size, other.sizes) == (64, {})
+
+
+def test_the_ends_of_chains_are_not_remembered_without_bound() -> None:
+    """They only save memory."""
+    source = source_of()
+    for number in range(3 * MAX_TIPS):
+        source.apply([stored(number)])
+    (lane,) = source.lanes()
+    assert len(lane.tips) <= MAX_TIPS + 1
 
 
 def test_media_groups_adapters_ranks_and_workers_are_kept_apart() -> None:
