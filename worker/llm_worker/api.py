@@ -13,7 +13,6 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A page that takes longer is rendered in a thread of its own, so that no probe waits for it.
-QUICK_RENDER_SECONDS = 0.02
 _JSON = (b"content-type", b"application/json")
 
 
@@ -70,7 +67,6 @@ class Probes:
         self._app = app
         self._exposition = handlers.exposition
         self._health = handlers.health
-        self._rendered_quickly = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; ASGI 3."""
@@ -93,14 +89,8 @@ class Probes:
             headers.get(b"accept-encoding", b"").decode("latin-1"),
             parse_qs(scope["query_string"].decode("latin-1")).get("name[]", []),
         )
-        began = time.perf_counter()
-        # Another thread costs two waits for the interpreter lock: only where a page takes so long
-        # that the probes would wait for it.
-        if self._rendered_quickly:
-            rendered = self._exposition.render(*asked)
-        else:
-            rendered = await asyncio.to_thread(self._exposition.render, *asked)
-        self._rendered_quickly = time.perf_counter() - began < QUICK_RENDER_SECONDS
+        # In a thread of its own: a page takes milliseconds, and no probe shall wait for it.
+        rendered = await asyncio.to_thread(self._exposition.render, *asked)
         answer = [(b"content-type", rendered.content_type.encode())]
         if rendered.content_encoding:
             answer.append((b"content-encoding", rendered.content_encoding.encode()))
