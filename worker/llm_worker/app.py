@@ -61,8 +61,8 @@ EXIT_MARGIN_SECONDS = 15.0  # past all of the above the process is ended by forc
 SIGN_OF_LIFE_SECONDS = 5.0
 TRUTH_SECONDS = 10.0  # for the engine to tell which KV blocks it holds
 # How long a thread may keep the interpreter while another waits; Python's default is 5 ms. Short,
-# so that a probe does not wait for the serving loop's burst, nor a token for a scrape.
-SWITCH_INTERVAL_SECONDS = 0.0001
+# so that a probe does not wait for the serving loop's burst; not shorter, or tokens wait for pages.
+SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 def run(config: Config, multiprocess: MultiprocessDirectory | None = None) -> int:
