@@ -384,6 +384,8 @@ def test_the_service_answers_over_http(workers: Callable[..., Worker]) -> None:
         match = httpx.post(f"{url}/kv/match", json={"hashes": [*blocks, 1 << 63]}).json()
         dump = httpx.get(f"{url}/kv/dump").text.splitlines()
         page = httpx.get(f"{url}/metrics").text
+        assert "\nprocess_cpu_seconds_total " in page
+        assert "\nllm_worker_kv_pipeline_crashes_total 0" in page
         assert httpx.get(f"{url}/live").status_code == 200
         assert httpx.post(f"{url}/kv/audit").status_code == 501
     finally:

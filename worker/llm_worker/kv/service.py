@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from llm_worker import __version__
 from llm_worker.api import SystemServer
@@ -49,8 +49,14 @@ class Service:
         exposition = Exposition(Metrics(CollectorRegistry()))
         exposition.register(
             "kv",
-            KvCollector(self.fleet.index, listeners=self.fleet.listeners, fleet=True),
+            KvCollector(
+                self.fleet.index,
+                listeners=self.fleet.listeners,
+                crashes=lambda: self.fleet.pipeline.crashes,
+                fleet=True,
+            ),
         )
+        exposition.register("process", REGISTRY)  # its CPU and memory: runbooks ask for them
         try:
             self.server = SystemServer(create_app(self.fleet, exposition), config.host, config.port)
         except ConfigError as error:
