@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from llm_worker.kv.index import Source
 from llm_worker.kv.publisher import ZmqKvEventPublisher
+from llm_worker.kv.routes import reading
 from llm_worker.kv.worker import EventSource, WorkerKv
 
 LOCAL = "tcp://127.0.0.1:0"
@@ -61,6 +65,12 @@ class Rank:
     def source(self) -> Source:
         return self.kv.index.source("w", 0)
 
+    def status(self) -> dict[str, Any]:
+        app = FastAPI()
+        app.include_router(reading(self.kv.handlers()))
+        body: dict[str, Any] = TestClient(app).get("/kv/status").json()
+        return body
+
     def close(self) -> None:
         self.kv.close()
         self.engine.shutdown()
@@ -92,6 +102,8 @@ def test_the_index_has_what_either_holds_and_each_is_accounted_for(rank: Rank) -
     }
     assert page["llm_worker_kv_batches_total", "w", None] == 2
     assert page["llm_worker_kv_batches_total", "w/connector", None] == 2
+    (source,) = rank.status()["sources"]
+    assert (source["sequence"], source["parts"]["connector"]["sequence"]) == (1, 1)
     assert page["llm_worker_kv_merge_withheld_blocks_total", "w", "stored_elsewhere"] == 1
     assert page["llm_worker_kv_merge_withheld_blocks_total", "w", "held_elsewhere"] == 1
 

@@ -215,6 +215,26 @@ def test_merging_and_crashes_are_on_the_page() -> None:
     }
 
 
+def test_a_connectors_stream_is_shown_beside_its_engines() -> None:
+    """Its gaps are its own; events of an unknown type are the rank's, whoever sent them."""
+    engine, connector = ListenerStats("w", 0), ListenerStats("w", 0, part="connector")
+    engine.batches_lost, connector.batches_lost = 1, 2
+    engine.unknown_events, connector.unknown_events = 3, 4
+    index = Index()
+    index.source("w", 0)
+    collector = KvCollector(index, listeners=lambda: [engine, connector])
+    values = {
+        (
+            sample.labels["worker"],
+            sample.labels.get("outcome") or sample.labels["type"],
+        ): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+        if sample.labels.get("outcome") == "lost" or sample.labels.get("type") == "unknown"
+    }
+    assert values == {("w", "lost"): 1, ("w/connector", "lost"): 2, ("w", "unknown"): 7}
+
+
 def test_every_field_of_a_listener_is_on_the_page() -> None:
     """A counter that nobody shows is not counted; each has a number of its own here."""
     listener = ListenerStats("w", 0, *range(1, 9))

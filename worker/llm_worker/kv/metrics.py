@@ -382,8 +382,8 @@ class KvCollector:
     """All families of one process's KV pipeline; register it with the exposition.
 
     The callables are asked on every page, so that what comes and goes (a fleet's workers) does so
-    on the page as well. Several listeners of one rank (an engine and its connector, or two that
-    claim one id) are one series: counts add up, it is up when all are.
+    on the page as well. Two listeners that claim one id are one series: counts add up, it is up
+    when both are. A connector's is shown as worker ``NAME/connector``.
     """
 
     def __init__(
@@ -416,7 +416,7 @@ class KvCollector:
         sources = list(self._index.sources())
         ranks = _by_rank(listeners)
         yield from _listener_families(ranks)
-        yield from _source_families(sources, ranks)
+        yield from _source_families(sources, listeners)
         self._walk()
         yield from self._index_families()
         yield from _audit_families(self._audits())
@@ -539,7 +539,9 @@ class _Page:
 def _by_rank(listeners: Iterable[ListenerStats]) -> dict[Key, list[ListenerStats]]:
     ranks: dict[Key, list[ListenerStats]] = {}
     for stats in listeners:
-        ranks.setdefault((stats.worker, str(stats.rank)), []).append(stats)
+        # A connector's own stream has its own gaps and is shown beside its engine's.
+        worker = stats.worker if stats.part is None else f"{stats.worker}/{stats.part}"
+        ranks.setdefault((worker, str(stats.rank)), []).append(stats)
     return ranks
 
 
@@ -580,16 +582,19 @@ def _listener_families(ranks: Mapping[Key, list[ListenerStats]]) -> Iterator[Met
 
 
 def _source_families(
-    sources: Iterable[Source], ranks: Mapping[Key, list[ListenerStats]]
+    sources: Iterable[Source], listeners: Iterable[ListenerStats]
 ) -> Iterator[Metric]:
     page = _Page(SOURCE_FAMILIES)
+    unknown: Counter[tuple[str, int]] = Counter()
+    for part in listeners:
+        unknown[part.worker, part.rank] += part.unknown_events
     for source in sources:
         key, stats = (source.worker, str(source.rank)), source.stats
         events = {
             "stored": stats.stored_events,
             "removed": stats.removed_events,
             "cleared": stats.cleared_events,
-            "unknown": sum(part.unknown_events for part in ranks.get(key, ())),
+            "unknown": unknown[source.worker, source.rank],
         }
         page.counts("events_total", key, EVENT_TYPES, events)
         page.counter("blocks_stored_total", key, stats.stored_blocks)

@@ -105,7 +105,7 @@ class Pipeline:
             worker=worker,
             rank=rank,
             source=source,
-            stats=ListenerStats(worker if part in (None, ENGINE) else f"{worker}/{part}", rank),
+            stats=ListenerStats(worker, rank, part=None if part == ENGINE else part),
             topic=topic,
             epochs=epochs,
             block_size=block_size,

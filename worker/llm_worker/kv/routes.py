@@ -198,7 +198,9 @@ def parsed_hashes(given: list[int | str]) -> Sequence[Hash]:
 
 def _status(handlers: KvHandlers) -> dict[str, Any]:
     now = time.time()
-    streams = {(stats.worker, stats.rank): stats for stats in handlers.listeners()}
+    streams: dict[tuple[str, int], dict[str | None, ListenerStats]] = {}
+    for stats in handlers.listeners():
+        streams.setdefault((stats.worker, stats.rank), {})[stats.part] = stats
     sources = []
     for source in handlers.index.sources():
         entry: dict[str, Any] = {
@@ -208,9 +210,11 @@ def _status(handlers: KvHandlers) -> dict[str, Any]:
             "stale": sorted(source.stale),
             "blocks": source.blocks(),
         }
-        stream = streams.get((source.worker, source.rank))
-        if stream is not None:
-            entry |= _stream(stream, now)
+        for part, stream in streams.get((source.worker, source.rank), {}).items():
+            if part is None:
+                entry |= _stream(stream, now)
+            else:
+                entry.setdefault("parts", {})[part] = _stream(stream, now)
         sources.append(entry)
     body: dict[str, Any] = {
         "ok": bool(sources) and all(source["ok"] for source in sources),

@@ -90,6 +90,7 @@ class ListenerStats:
     lag: Histogram = field(default_factory=lambda: Histogram(LAG_SECONDS_BUCKETS))
     odd_block_sizes: int = 0  # bursts whose blocks had another size than the engine's
     crashes: int = 0  # batches or sockets that broke the listener, which went on
+    part: str | None = None  # which publisher of the rank, beside its engine's; see `merge`
 
 
 @dataclass(slots=True)
