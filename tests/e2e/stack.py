@@ -167,6 +167,7 @@ def start(root: Path, scratch: Path, ports: dict[str, int]) -> Stack:
         "COMPOSE_PROJECT_NAME": f"llm-worker-e2e-{os.getpid()}",
         "COMPOSE_PROFILES": "demo,fleet",
         "WORKER_CPU_IMAGE": "llm-worker-test/worker-cpu:e2e",
+        "KV_INDEX_IMAGE": "llm-worker-test/kv-index:e2e",
         "ALERTMANAGER_SECRETS": str(secrets),
         **{name: str(port) for name, port in ports.items()},
     }

@@ -33,6 +33,7 @@ class Commands:
             "COMPOSE_PROFILES": "demo,fleet",
             "COMPOSE_ENV_FILES": ",".join(files),
             "WORKER_CPU_IMAGE": "llm-worker-test/worker-cpu:e2e",
+            "KV_INDEX_IMAGE": "llm-worker-test/kv-index:e2e",
             # Two workers want ranges; these are away from what a user's own stack takes.
             "WORKER_API_PORT": "28000-28009",
             "WORKER_SYSTEM_PORT": "28080-28089",
