@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -37,7 +38,9 @@ from llm_worker import tiny
 from worker_process import WorkerProcess, free_ports
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-TOKENS_PER_STREAM = 128
+# Drawn anew for each stream: with one length the streams end, and the next begin, in bunches that
+# differ from round to round, and the time to the first token with them.
+TOKENS_PER_STREAM = (64, 192)
 COMMON = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 * 2**20))
 
 
@@ -140,9 +143,10 @@ async def load(server: Server, streams: int, seconds: float, pause: float, limit
     until = began + seconds
 
     async def client(number: int) -> None:
+        lengths = random.Random(number)
         await asyncio.sleep(number * 0.01)
         while time.perf_counter() < until:
-            await stream(server, TOKENS_PER_STREAM)
+            await stream(server, lengths.randint(*TOKENS_PER_STREAM))
 
     loop = asyncio.get_running_loop()
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
