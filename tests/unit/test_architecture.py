@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.events": {"kv.stats"},
     "kv.index": {"kv.events", "kv.stats"},
     "kv.stream": {"kv.events", "kv.index", "kv.stats"},
-    "kv.listener": {"kv.index", "kv.stats", "kv.stream"},
+    "kv.listener": {"kv.index", "kv.stats", "kv.stream", "kv.transport"},
     "kv.truth": set(),
     "kv.audit": {"kv.events", "kv.index", "kv.stats"},
     "kv.consolidator": {"kv.events", "kv.stats"},

@@ -24,14 +24,13 @@ from zmq.utils.monitor import parse_monitor_message
 from llm_worker.kv.index import Sink
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.stream import Ask, Outlet, Stream
+from llm_worker.kv.transport import END_SEQUENCE, SNAPSHOT
 
 log = logging.getLogger(__name__)
 
 SUB_HIGH_WATER_MARK = 100_000  # messages, as vLLM's own side has
 MAX_MESSAGE_BYTES = 64 << 20
 BURST_MESSAGES = 256
-END_SEQUENCE = b"\xff" * 8
-SNAPSHOT = b"snapshot"
 CONNECTING_SECONDS = 0.01  # between two looks whether it does
 CONNECT_SECONDS = 1.0  # for the replay endpoint to take a question
 ANSWER_SECONDS = 3.0  # between a question and its answer

@@ -20,8 +20,6 @@ from llm_worker.kv.transport import EventSocket, Message
 if TYPE_CHECKING:
     from llm_worker.kv.index import Sink, Source
 
-REPLAY_PORT_OFFSET = 100
-
 
 class ZmqPlane:
     """An outlet of the pipeline on a PUB and a ROUTER socket.

@@ -18,18 +18,7 @@ import msgspec
 import zmq
 
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.transport import END_SEQUENCE, SNAPSHOT, STATUS, EventSocket, Message
-
-__all__ = [
-    "END_SEQUENCE",
-    "SNAPSHOT",
-    "STATUS",
-    "EventSocket",
-    "Message",
-    "ZmqKvEventPublisher",
-    "offset_port",
-    "unsigned",
-]
+from llm_worker.kv.transport import EventSocket
 
 
 def unsigned(block_hash: int | bytes) -> int | bytes:

@@ -44,11 +44,6 @@ DATA_REASONS = (
 )  # fmt: skip
 
 
-_BY_SNAPSHOT = frozenset(
-    ("unsynchronised", "missed_first", "gap", "undecodable", "duplicate_worker", "audit")
-)
-
-
 class Outlet(Protocol):
     """Where batches go after they were indexed."""
 
@@ -643,7 +638,7 @@ class Stream:
 
     def check_stale(self) -> None:
         """Try again to make a stale index true; nothing to do for an engine's own stream."""
-        if self.stats.connected and self._epochs and self.source.stale & _BY_SNAPSHOT:
+        if self.stats.connected and self._epochs and not self.source.stale.isdisjoint(DATA_REASONS):
             self._snapshot_due = True
             self._want_snapshot()
 
