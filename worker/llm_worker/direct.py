@@ -23,7 +23,7 @@ from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
-from llm_worker.series import NOT_FINITE, Naming, escaped_name, layout, names_of
+from llm_worker.series import Naming, escaped_name, layout, names_of, number
 
 _VALUE = attrgetter("_value")
 _EXEMPLAR = attrgetter("_exemplar")
@@ -162,20 +162,15 @@ class Family:
 
     def _note_created(self, child: _Child, created: float) -> None:
         child.created = created
-        child.late = f"{self._start(f'{self.name}_created', child.labels)}{_number(created)}"
+        child.late = f"{self._start(f'{self.name}_created', child.labels)}{number(created)}"
 
     def _text(self, series: list[str], values: list[float]) -> str:
         if self.type == "gauge":
-            return series[0] + _number(values[0])
+            return series[0] + number(values[0])
         if not values[-1] >= 0:  # a counter, or the sum of a histogram
             raise NotDirectError
         if self.type == "counter":
-            return series[0] + _number(values[0])
+            return series[0] + number(values[0])
         heights = list(accumulate(values[:-1], initial=0.0))[1:]
-        numbers = map(_number, (*heights, heights[-1], values[-1]))
+        numbers = map(number, (*heights, heights[-1], values[-1]))
         return "\n".join(map(str.__add__, series, numbers))
-
-
-def _number(value: float) -> str:
-    text = repr(value if type(value) is float else float(value))
-    return text if text[-1] <= "9" else NOT_FINITE[text]

@@ -181,6 +181,12 @@ def time_suffix(timestamp: Any, *, openmetrics: bool) -> str:
     return f" {timestamp}" if openmetrics else f" {int(seconds * 1000)}"
 
 
+def number(value: Any) -> str:
+    """A value as both formats spell it."""
+    text = repr(value if type(value) is float else float(value))
+    return text if text[-1] <= "9" else NOT_FINITE[text]
+
+
 def exemplar_suffix(exemplar: Any) -> str:
     """An exemplar as an OpenMetrics line ends; nothing if it is too long for the format.
 
@@ -191,7 +197,6 @@ def exemplar_suffix(exemplar: Any) -> str:
     if sum(len(name) + len(value) for name, value in labels) > _EXEMPLAR_CHARACTERS:
         return ""
     inside = ",".join([f'{name}="{escaped(encodable(value))}"' for name, value in labels])
-    number = repr(float(exemplar.value))
     at = exemplar.timestamp
     time = "" if at is None else time_suffix(at, openmetrics=True)
-    return f" # {{{inside}}} {NOT_FINITE.get(number, number)}{time}"
+    return f" # {{{inside}}} {number(exemplar.value)}{time}"
