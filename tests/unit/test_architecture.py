@@ -16,7 +16,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processes": set(),
     "multiprocess": set(),
     "tiny": set(),
-    "config": {"errors"},
+    "settings": set(),
+    "config": {"errors", "settings"},
     "metrics": {"config"},
     "negotiation": set(),
     "series": set(),
@@ -52,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.metrics": {"kv.index", "kv.stats"},
     "kv.worker": {
         "errors", "kv.audit", "kv.index", "kv.merge", "kv.metrics", "kv.nats_plane", "kv.pipeline",
-        "kv.plane", "kv.routes", "kv.stats",
+        "kv.plane", "kv.routes", "kv.stats", "settings",
     },
     "api": {"errors", "exposition", "health", "kv.routes"},
     "engine": {
@@ -63,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "__init__", "api", "config", "engine", "errors", "exposition", "health", "kv.worker",
         "lifecycle", "metrics", "multiprocess", "processes",
     },
-    "kv.fleet_config": {"errors"},
+    "kv.fleet_config": {"errors", "settings"},
     "kv.fleet": {
         "errors", "kv.fleet_config", "kv.index", "kv.listener", "kv.nats_source", "kv.pipeline",
         "kv.stats", "kv.topics", "kv.transport",

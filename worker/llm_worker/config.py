@@ -17,37 +17,28 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from llm_worker import settings
 from llm_worker.errors import ConfigError
 
 ENV_PREFIX = "LLM_WORKER_"
 FLAG_PREFIX = "--worker-"
 TINY = "tiny"
-KV_PLANE_REPLAY_OFFSET = 100
 # Written by the worker itself for its child processes, not a setting.
 INTERNAL_ENV = frozenset({"LLM_WORKER_PARENT_PID"})
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One of our settings: a row of the table in the README and of ``--help``."""
 
-    name: str  # "system-port" is --worker-system-port and LLM_WORKER_SYSTEM_PORT
-    default: str
-    meaning: str
+class Setting(settings.Setting):
+    """One of our settings: "system-port" is --worker-system-port and LLM_WORKER_SYSTEM_PORT."""
 
-    @property
-    def flag(self) -> str:
-        """The command-line spelling."""
-        return FLAG_PREFIX + self.name
-
-    @property
-    def env(self) -> str:
-        """The environment spelling."""
-        return ENV_PREFIX + self.name.upper().replace("-", "_")
+    flag_prefix = FLAG_PREFIX
+    env_prefix = ENV_PREFIX
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -252,12 +243,6 @@ def cache_directory(environment: Mapping[str, str] | None = None) -> Path:
 
 def help_text() -> str:
     """The table of our settings."""
-    width = max(len(setting.flag) for setting in SETTINGS)
-    rows = [
-        f"  {setting.flag:<{width}}  {setting.meaning}"
-        + (f" [{setting.default}]" if setting.default else "")
-        for setting in SETTINGS
-    ]
     return "\n".join(
         [
             "usage: python -m llm_worker [--worker-... VALUE] [vLLM engine and server arguments]",
@@ -266,7 +251,7 @@ def help_text() -> str:
             "(/live /ready /health /version /metrics /engine/info). Each flag can also be set in",
             "the environment: --worker-system-port is LLM_WORKER_SYSTEM_PORT. A flag wins.",
             "",
-            *rows,
+            *settings.help_rows(SETTINGS),
             "",
             "  --check-config          print the resolved configuration and don't start",
             "  --dump-config-to FILE   write it to FILE and start",
@@ -337,19 +322,21 @@ class _Reader:
         setting = next(setting for setting in SETTINGS if setting.name == name)
         self._problems.append(f"{setting.flag} ({setting.env}): {what}")
 
+    def checked(self, name: str, convert: Callable[[str], T], fallback: T) -> T:
+        try:
+            return convert(self._values[name])
+        except ValueError as error:
+            self.problem(name, str(error))
+            return fallback
+
     def port(self, name: str, *, allow_zero: bool = False) -> int:
         text = self._values[name]
-        number = int(text) if text.isdecimal() else -1
-        if not (0 if allow_zero else 1) <= number <= 65535:
-            self.problem(name, f"{text!r} is not a port; use 1 to 65535")
+        if allow_zero and text.isdecimal() and not int(text):
             return 0
-        return number
+        return self.checked(name, settings.port, 0)
 
     def host(self, name: str) -> str:
-        text = self._values[name]
-        if not re.fullmatch(r"[A-Za-z0-9_.:\[\]%-]+", text):
-            self.problem(name, f"{text!r} is not a host name or an address")
-        return text.strip("[]")
+        return self.checked(name, settings.host, "")
 
     def label(self, name: str) -> str:
         text = self._values[name]
@@ -364,20 +351,14 @@ class _Reader:
         return text or None
 
     def count(self, name: str) -> int | None:
-        text = self._values[name]
-        if not text:
-            return None
-        if not text.isdecimal() or int(text) < 1:
-            self.problem(name, f"{text!r} is not a number above 0")
-            return None
-        return int(text)
+        return self.checked(name, settings.count, None)
 
     def plane(self, name: str) -> str | None:
         text = self._values[name]
         if text == "off":
             return None
         found = re.fullmatch(r"(?:zmq://[^/\s]+|nats://[^/\s]+|tls://[^/\s]+):(\d+)", text)
-        if found is None or int(found[1]) > 65535 - KV_PLANE_REPLAY_OFFSET:
+        if found is None or int(found[1]) > 65535 - settings.PLANE_REPLAY_OFFSET:
             self.problem(
                 name,
                 f"{text!r}: write zmq://HOST:PORT, nats://HOST:PORT or off; * is every address",
@@ -396,10 +377,7 @@ class _Reader:
         return ConnectorEvents(found[1], ports[0], ports[1] if len(ports) > 1 else None)
 
     def choice(self, name: str, choices: Sequence[str]) -> str:
-        text = self._values[name]
-        if text not in choices:
-            self.problem(name, f"{text!r} is unknown; choose {' or '.join(choices)}")
-        return text
+        return self.checked(name, lambda text: settings.choice(text, choices), "")
 
     def seconds(self, name: str) -> float:
         number = _float(self._values[name])
@@ -561,7 +539,7 @@ def _check_ports(
         plane_port = int(str(config.kv_index.plane).rpartition(":")[2])
         if plane_port:
             uses.append(("the KV plane (--worker-kv-plane)", plane_port))
-            uses.append(("replay of the KV plane", plane_port + KV_PLANE_REPLAY_OFFSET))
+            uses.append(("replay of the KV plane", plane_port + settings.PLANE_REPLAY_OFFSET))
     taken: dict[int, str] = {}
     for what, port in uses:
         if port > 65535:

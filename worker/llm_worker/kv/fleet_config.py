@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from llm_worker import settings
 from llm_worker.errors import ConfigError
 
 ENV_PREFIX = "KV_INDEX_"
-REPLAY_PORT_OFFSET = 100  # of our planes
 _PORTS = range(1, 65536)
 _SYNTAX = (
     "write zmq://HOST:PORT[,replay=PORT] for a worker's plane, "
@@ -70,24 +70,15 @@ class FleetConfig:
         return json.dumps(values, indent=2) + "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One flag and its variable: a row of ``--help`` and of the README."""
+class Setting(settings.Setting):
+    """One flag and its variable."""
 
-    name: str
-    default: str
-    meaning: str
-
-    @property
-    def flag(self) -> str:
-        """The command-line spelling."""
-        return f"--{self.name}"
+    env_prefix = ENV_PREFIX
 
     @property
     def env(self) -> str:
         """The environment spelling."""
-        plural = "S" if self.name == "source" else ""
-        return ENV_PREFIX + self.name.upper().replace("-", "_") + plural
+        return super().env + ("S" if self.name == "source" else "")
 
 
 SETTINGS = (
@@ -145,9 +136,9 @@ def load(
     ]
     config = FleetConfig(
         sources=tuple(dict.fromkeys(sources)),
-        host=read("host", _host, ""),
+        host=read("host", settings.host, ""),
         port=read("port", _port_or_zero, 0),
-        max_blocks=read("max-blocks", _count, None),
+        max_blocks=read("max-blocks", settings.count, None),
         gone_seconds=read("gone-seconds", _seconds, 0.0),
         resolve_seconds=read("resolve-seconds", _seconds, 0.0),
         log_format=read("log-format", _log_format, ""),
@@ -180,10 +171,10 @@ def endpoint(text: str) -> Endpoint:
         raise ValueError(f"{_shown(text)!r}: unknown option {', '.join(unknown)}; {_SYNTAX}")
     if parts.scheme in ("nats", "tls"):
         return Endpoint("nats", parts.hostname, port, url=address)
-    replay = _port(values["replay"]) if "replay" in values else None
+    replay = settings.port(values["replay"]) if "replay" in values else None
     if parts.scheme == "zmq":
-        return Endpoint("zmq", parts.hostname, port, replay or port + REPLAY_PORT_OFFSET)
-    ranks = _count(values.get("ranks", "1")) or 1
+        return Endpoint("zmq", parts.hostname, port, replay or port + settings.PLANE_REPLAY_OFFSET)
+    ranks = settings.count(values.get("ranks", "1")) or 1
     if port + ranks - 1 not in _PORTS or (replay is not None and replay + ranks - 1 not in _PORTS):
         raise ValueError(f"{text!r}: rank {ranks - 1} would be beyond port 65535")
     worker = values.get("worker") or f"{parts.hostname}:{port}"
@@ -192,12 +183,6 @@ def endpoint(text: str) -> Endpoint:
 
 def help_text() -> str:
     """The table of settings."""
-    width = max(len(setting.flag) for setting in SETTINGS)
-    rows = [
-        f"  {setting.flag:<{width}}  {setting.meaning}"
-        + (f" [{setting.default}]" if setting.default else "")
-        for setting in SETTINGS
-    ]
     return "\n".join(
         [
             "usage: python -m llm_worker.kv.service --source SOURCE [--source SOURCE ...] [...]",
@@ -207,7 +192,7 @@ def help_text() -> str:
             f"{ENV_PREFIX}MAX_BLOCKS; all sources, with spaces between, are {ENV_PREFIX}SOURCES. A",
             "flag wins.",
             "",
-            *rows,
+            *settings.help_rows(SETTINGS),
             "",
             "  --check-config  print the resolved configuration and don't start",
             "",
@@ -251,28 +236,12 @@ def _shown(text: str) -> str:
     return re.sub(r"//[^/@]*@", "//…@", text)
 
 
-def _host(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.:\[\]%-]+", text):
-        raise ValueError(f"{text!r} is not a host name or an address")
-    return text.strip("[]")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) not in _PORTS:
-        raise ValueError(f"{text!r} is not a port; use 1 to 65535")
-    return int(text)
-
-
 def _port_or_zero(text: str) -> int:
-    return 0 if text == "0" else _port(text)
+    return 0 if text == "0" else settings.port(text)
 
 
-def _count(text: str) -> int | None:
-    if not text:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is not a number above 0")
-    return int(text)
+def _log_format(text: str) -> str:
+    return settings.choice(text, ("text", "json"))
 
 
 def _seconds(text: str) -> float:
@@ -283,9 +252,3 @@ def _seconds(text: str) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{text!r} is not a number of seconds above 0")
     return number
-
-
-def _log_format(text: str) -> str:
-    if text not in ("text", "json"):
-        raise ValueError(f"{text!r} is unknown; choose text or json")
-    return text

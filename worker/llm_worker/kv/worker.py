@@ -20,10 +20,10 @@ from llm_worker.kv.metrics import KvCollector
 from llm_worker.kv.pipeline import Outlet, Pipeline
 from llm_worker.kv.routes import HashBlocks, KvHandlers
 from llm_worker.kv.stats import AuditStats, ListenerStats, PlaneStats
+from llm_worker.settings import PLANE_REPLAY_OFFSET
 
 log = logging.getLogger(__name__)
 
-ZMQ_REPLAY_OFFSET = 100
 CONNECTOR = "connector"
 
 
@@ -150,7 +150,7 @@ class WorkerKv:
         from llm_worker.kv.plane import ZmqPlane
 
         host, _, port = address.rpartition(":")
-        replay = int(port) + ZMQ_REPLAY_OFFSET if int(port) else 0
+        replay = int(port) + PLANE_REPLAY_OFFSET if int(port) else 0
         try:
             return ZmqPlane(
                 f"tcp://{host}:{port}",
