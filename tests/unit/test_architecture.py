@@ -70,8 +70,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kv.stats", "kv.topics", "kv.transport",
     },
     "kv.service": {
-        "__init__", "api", "errors", "exposition", "kv.fleet", "kv.fleet_config", "kv.metrics",
-        "kv.routes", "logs", "metrics",
+        "__init__", "api", "errors", "exposition", "health", "kv.fleet", "kv.fleet_config",
+        "kv.metrics", "kv.routes", "logs", "metrics",
     },
     "__main__": {"app", "config", "errors", "logs", "multiprocess"},
 }  # fmt: skip

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs
 
 import uvicorn
@@ -53,7 +53,18 @@ def create_app(handlers: Handlers, *, token: str | None, open_to_others: bool) -
     Writing routes need no token on loopback. Beyond it they need the bearer token, and without one
     configured they are refused.
     """
-    return Probes(handlers, _routes(handlers, token=token, open_to_others=open_to_others))
+    routes = _routes(handlers, token=token, open_to_others=open_to_others)
+    return Probes(routes, handlers.health, handlers.exposition)
+
+
+class Probed(Protocol):
+    """Who knows whether a program is well; see `health.Health`."""
+
+    def live(self) -> Verdict:
+        """Does it breathe?"""
+
+    def ready(self) -> Verdict:
+        """Would it answer now?"""
 
 
 class Probes:
@@ -63,10 +74,10 @@ class Probes:
     the serving loop waits. FastAPI's way to a handler takes most of what such an answer costs.
     """
 
-    def __init__(self, handlers: Handlers, app: FastAPI) -> None:
+    def __init__(self, app: ASGIApp, health: Probed, exposition: Exposition) -> None:
         self._app = app
-        self._exposition = handlers.exposition
-        self._health = handlers.health
+        self._health = health
+        self._exposition = exposition
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; ASGI 3."""
@@ -138,15 +149,20 @@ def _routes(handlers: Handlers, *, token: str | None, open_to_others: bool) -> F
     async def refused(_: Request, error: HTTPException) -> Response:
         return JSONResponse(_error(str(error.detail)), error.status_code, error.headers)
 
-    @app.exception_handler(404)
-    async def unknown(request: Request, _: Exception) -> Response:
-        return JSONResponse(_error(f"no route {request.url.path}; see /openapi.json"), 404)
-
+    name_unknown_routes(app)
     if handlers.kv is not None:
         app.include_router(kv_routes.reading(handlers.kv))
         writing.include_router(kv_routes.writing(handlers.kv))
     app.include_router(writing)
     return app
+
+
+def name_unknown_routes(app: FastAPI) -> None:
+    """Have a 404 say which route there is none of."""
+
+    @app.exception_handler(404)
+    async def unknown(request: Request, _: Exception) -> Response:
+        return JSONResponse(_error(f"no route {request.url.path}; see /openapi.json"), 404)
 
 
 _OK = json.dumps({"ok": True, "reasons": []}).encode()

@@ -53,7 +53,7 @@ class Verdict:
     """An answer and its reasons."""
 
     ok: bool
-    reasons: tuple[dict[str, Any], ...] = ()  # {"code": ..., "message": ...}, empty when ok
+    reasons: tuple[Any, ...] = ()  # the worker's: {"code": ..., "message": ...}; empty when ok
 
 
 @dataclass(slots=True)

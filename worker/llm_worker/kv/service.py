@@ -6,27 +6,29 @@ and answers questions; nothing it serves changes anything, so it asks for no tok
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from llm_worker import __version__
-from llm_worker.api import SystemServer
+from llm_worker.api import Probes, SystemServer, name_unknown_routes
 from llm_worker.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_STOPPED, ConfigError
 from llm_worker.exposition import Exposition
+from llm_worker.health import Verdict
 from llm_worker.kv import routes
 from llm_worker.kv.fleet import Fleet
 from llm_worker.kv.fleet_config import FleetConfig, help_text, load
 from llm_worker.kv.metrics import KvCollector
 from llm_worker.logs import configure_logging
 from llm_worker.metrics import Metrics
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Service:
         self.fleet.close()
 
 
-def create_app(fleet: Fleet, exposition: Exposition) -> FastAPI:
+def create_app(fleet: Fleet, exposition: Exposition) -> ASGIApp:
     """The service's routes."""
     app = FastAPI(title="KV index of a fleet", docs_url=None, redoc_url=None)
     handlers = routes.KvHandlers(
@@ -90,43 +92,31 @@ def create_app(fleet: Fleet, exposition: Exposition) -> FastAPI:
     app.include_router(routes.reading(handlers))
     app.include_router(routes.writing(handlers))
 
-    @app.get("/live")
-    async def live() -> Response:
-        return _probe([] if fleet.alive else ["a thread that indexes has ended"])
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        reasons = [] if fleet.alive else ["a thread that indexes has ended"]
-        if not fleet.rounds:
-            reasons.append("nobody was asked yet")
-        return _probe(reasons)
-
     @app.get("/version")
     async def version() -> dict[str, Any]:
         return {"version": __version__}
 
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        rendered = await asyncio.to_thread(
-            exposition.render,
-            request.headers.get("accept"),
-            request.headers.get("accept-encoding"),
-            request.query_params.getlist("name[]"),
-        )
-        response = Response(rendered.body, headers={"content-type": rendered.content_type})
-        if rendered.content_encoding:
-            response.headers["content-encoding"] = rendered.content_encoding
-        return response
-
-    @app.exception_handler(404)
-    async def unknown(request: Request, _: Exception) -> Response:
-        return JSONResponse({"error": f"no route {request.url.path}; see /openapi.json"}, 404)
-
-    return app
+    name_unknown_routes(app)
+    return Probes(app, FleetHealth(fleet), exposition)
 
 
-def _probe(reasons: list[str]) -> Response:
-    return JSONResponse({"ok": not reasons, "reasons": reasons}, 503 if reasons else 200)
+class FleetHealth:
+    """Whether the service is well."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def live(self) -> Verdict:
+        """Does all run that has to?"""
+        reasons = () if self._fleet.alive else ("a thread that indexes has ended",)
+        return Verdict(not reasons, reasons)
+
+    def ready(self) -> Verdict:
+        """Was the fleet asked already?"""
+        reasons = self.live().reasons
+        if not self._fleet.rounds:
+            reasons += ("nobody was asked yet",)
+        return Verdict(not reasons, reasons)
 
 
 def main() -> int:
