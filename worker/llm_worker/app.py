@@ -36,7 +36,6 @@ from llm_worker.errors import (
 )
 from llm_worker.exposition import Exposition
 from llm_worker.health import Health, Heartbeat
-from llm_worker.kv.worker import WorkerKv
 from llm_worker.lifecycle import ExitRecord, Lifecycle, State
 from llm_worker.metrics import Metrics
 from llm_worker.processes import (
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from llm_worker.engine import Engine
+    from llm_worker.kv.worker import WorkerKv
     from llm_worker.multiprocess import MultiprocessDirectory
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class Worker:
         self._last_sign = 0.0
         self.kv: WorkerKv | None = None
         if config.kv_index is not None:
+            from llm_worker.kv.worker import WorkerKv  # 40 ms before the system server is up
+
             connector = config.kv_index.connector
             self.kv = WorkerKv(
                 config.worker_id or f"{socket.gethostname()}:{config.system_port or os.getpid()}",
