@@ -8,13 +8,13 @@ patience into seconds. The targets are small HTTP servers that stand in for vLLM
 from __future__ import annotations
 
 import email
+import functools
 import http.server
 import itertools
 import json
 import os
 import re
 import shutil
-import socket
 import socketserver
 import subprocess
 import tempfile
@@ -23,12 +23,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+import waiting
+from worker_process import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 ALERTMANAGER = ROOT / "alertmanager"
@@ -286,12 +289,6 @@ def sped_up(text: str) -> str:
     return re.sub(r"\b((?:\w+_(?:interval|timeout|wait)|for): )(\d+)([smh])\b", faster, text)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def get(url: str) -> Any:
     """The JSON (or the text, where it is none) at an address."""
     with urllib.request.urlopen(url, timeout=10) as answer:
@@ -302,17 +299,9 @@ def get(url: str) -> Any:
         return text
 
 
-def until(question: Callable[[], object], what: str) -> None:
-    """Ask until the answer is truthy. Fails with ``what`` after WAIT_SECONDS."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if question():
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            pass
-        time.sleep(0.2)
-    pytest.fail(f"not within {WAIT_SECONDS} s: {what}")
+until = functools.partial(
+    waiting.until, seconds=WAIT_SECONDS, pause_seconds=0.2, ignoring=waiting.UNREACHABLE
+)
 
 
 class Server:
@@ -398,8 +387,8 @@ class Stack:
         self.webhook, self.slack, self.watchdog = Server(), Server(), Server()
         self.plain, self.worker = Server(), Server()
         self.mailbox = Mailbox()
-        self.prometheus = f"127.0.0.1:{free_port()}"
-        self.alertmanager = f"127.0.0.1:{free_port()}"
+        self.prometheus = f"127.0.0.1:{free_ports(1)[0]}"
+        self.alertmanager = f"127.0.0.1:{free_ports(1)[0]}"
         for name in ("prometheus", "alertmanager"):
             shutil.copytree(ROOT / name, home / name)
         files = [home / "prometheus" / "prometheus.yml", home / "alertmanager" / "alertmanager.yml"]

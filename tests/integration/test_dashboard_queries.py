@@ -14,7 +14,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -29,6 +28,7 @@ import pytest
 
 from dashboards import catalog, needs, normalize, queries
 from dashboards.queries import PanelQuery
+from worker_process import free_ports
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Fixture directories, and their jobs here.
@@ -140,12 +140,6 @@ class Prometheus:
         return None
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
@@ -177,7 +171,7 @@ def recorded(kind: str) -> bool:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has read every recording to its end, and an Alertmanager beside it."""
     directory = tmp_path_factory.mktemp("prometheus")
-    own, alertmanager, cluster = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    own, alertmanager, cluster = (f"127.0.0.1:{free_ports(1)[0]}" for _ in range(3))
     replays = {
         kind: [Replay(FIXTURES / kind) for _ in range(TARGETS_PER_KIND)]
         for kind in KINDS

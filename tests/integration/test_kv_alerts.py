@@ -8,11 +8,11 @@ Alertmanager with the shipped configuration.
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -27,6 +27,7 @@ import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 
+import waiting
 from llm_worker.exposition import Exposition
 from llm_worker.kv import topics
 from llm_worker.kv.audit import Auditor, digest
@@ -40,6 +41,7 @@ from llm_worker.kv.stats import AuditStats
 from llm_worker.kv.stream import CAPACITY_BATCHES
 from llm_worker.kv.transport import EventSocket
 from llm_worker.metrics import Metrics
+from worker_process import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "prometheus" / "rules"
@@ -60,23 +62,9 @@ scrape_configs:
 _hashes = count(1)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(question: Callable[[], object], what: str) -> None:
-    """Ask until the answer is true. Fails with ``what`` after WAIT_SECONDS."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            if question():
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            pass
-        assert time.monotonic() < deadline, f"not within {WAIT_SECONDS} s: {what}"
-        time.sleep(0.1)
+until = functools.partial(
+    waiting.until, seconds=WAIT_SECONDS, pause_seconds=0.1, ignoring=waiting.UNREACHABLE
+)
 
 
 def batch(*, blocks: int = 2, age_seconds: float = 0.0) -> bytes:
@@ -197,7 +185,9 @@ class Starting(Site):
 
     def build(self) -> None:
         self.metrics.set_state("starting")
-        self.pipeline.listen(f"tcp://127.0.0.1:{free_port()}", None, worker=self.worker, rank=0)
+        self.pipeline.listen(
+            f"tcp://127.0.0.1:{free_ports(1)[0]}", None, worker=self.worker, rank=0
+        )
 
 
 class Gap(Site):
@@ -271,7 +261,9 @@ class Unheard(Site):
     fires = frozenset({"KvListenerDown"})
 
     def build(self) -> None:
-        self.pipeline.listen(f"tcp://127.0.0.1:{free_port()}", None, worker=self.worker, rank=0)
+        self.pipeline.listen(
+            f"tcp://127.0.0.1:{free_ports(1)[0]}", None, worker=self.worker, rank=0
+        )
 
 
 class Backlog(Site):
@@ -287,14 +279,16 @@ class Backlog(Site):
         self.engine = self.publisher()
         replay = f"tcp://127.0.0.1:{port}"
         self.pipeline.listen(self.engine.endpoint, replay, worker=self.worker, rank=0)
-        self.sent = False
 
     def beat(self) -> None:
         stats = self.pipeline.listeners[0].stats
-        if stats.connected and not self.sent:
-            self.sent = True
-            for _ in range(CAPACITY_BATCHES + 500):
-                self.engine.publish(batch(blocks=1))
+        if not stats.connected:
+            return
+        # Given up after some time, and then there is another hole: until somebody has seen it.
+        if not stats.queue_batches:
+            self.engine.skip()
+        for _ in range(1 if stats.queue_batches else CAPACITY_BATCHES + 500):
+            self.engine.publish(batch(blocks=1))
 
 
 class PlaneAway(Site):
@@ -306,7 +300,7 @@ class PlaneAway(Site):
     def build(self) -> None:
         self.engine = self.publisher()
         plane = NatsPlane(
-            f"nats://127.0.0.1:{free_port()}",
+            f"nats://127.0.0.1:{free_ports(1)[0]}",
             sources=self.pipeline.index.sources,
             at_rest=self.pipeline.at_rest,
             buffer_batches=50,
@@ -413,7 +407,7 @@ class Fleet(Site):
         super().__init__(fleet=True)
 
     def build(self) -> None:
-        self.pipeline.listen(f"tcp://127.0.0.1:{free_port()}", None, worker="gone", rank=0)
+        self.pipeline.listen(f"tcp://127.0.0.1:{free_ports(1)[0]}", None, worker="gone", rank=0)
         plane = self.behind.plane
         self.pipeline.listen(
             plane.endpoint,
@@ -461,13 +455,13 @@ class Prometheus:
             text, hasty = re.subn(r"for: \d+\w", "for: 1s", file.read_text(encoding="utf-8"))
             assert hasty or file.name == "recording.yml"
             (home / "rules" / file.name).write_text(text, encoding="utf-8")
-        self.alertmanager = f"127.0.0.1:{free_port()}"
+        self.alertmanager = f"127.0.0.1:{free_ports(1)[0]}"
         config = CONFIG.replace("ALERTMANAGER", self.alertmanager)
         for job in {site.job for site in sites}:
             targets = json.dumps([site.address for site in sites if site.job == job])
             config += f"  - {{job_name: {job}, static_configs: [{{targets: {targets}}}]}}\n"
         (home / "prometheus.yml").write_text(config)
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         self.log = home / "prometheus.log"
         self._processes = [
             self._start(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+import waiting
 from llm_worker.kv.events import Hash
 from llm_worker.kv.index import Index, Source
 from llm_worker.kv.listener import Listener
@@ -33,11 +35,7 @@ def held(listener: Listener) -> set[Hash]:
     return listener.source.hashes()
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
+until = functools.partial(waiting.until, seconds=30.0)
 
 
 def make_adapter(directory: Path) -> Path:
@@ -204,7 +202,7 @@ def test_a_reset_of_an_idle_engine_empties_the_index_at_once(
     worker.complete(prompt=tokens(random.Random(9), 200), max_tokens=1)
     until(lambda: status(worker)["held_blocks"] >= 6)
     httpx.post(worker.api + route, timeout=30).raise_for_status()
-    until(lambda: status(worker)["held_blocks"] == 0, 10)
+    until(lambda: status(worker)["held_blocks"] == 0, seconds=10)
     assert audit(worker)["outcome"] == "equal"
     if "sleep" in route:
         httpx.post(f"{worker.api}/wake_up", timeout=30).raise_for_status()

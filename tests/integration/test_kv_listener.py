@@ -5,6 +5,7 @@ After each the index is the publisher's truth or marked stale, and the counters 
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
+import waiting
 from kv_publisher import ListenerProcess, Publisher, ending
 from llm_worker.kv.events import MAX_PAYLOAD_BYTES, BlockStored, Hash, encode
 from llm_worker.kv.index import Index, Source
@@ -30,12 +32,7 @@ def held(listener: Listener) -> set[Hash]:
     return listener.source.hashes()
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Wait for it; how long does not matter here."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
+until = functools.partial(waiting.until, seconds=30.0)
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from llm_worker.kv.index import Source
 from llm_worker.kv.publisher import ZmqKvEventPublisher
 from llm_worker.kv.routes import reading
 from llm_worker.kv.worker import EventSource, WorkerKv
+from waiting import until
 
 LOCAL = "tcp://127.0.0.1:0"
 SIZE = 16
@@ -32,13 +32,6 @@ def store(where: ZmqKvEventPublisher, *hashes: int, medium: str = "GPU") -> None
 def port(endpoint: str | None) -> int:
     assert endpoint is not None
     return int(endpoint.rpartition(":")[2])
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not what():
-        assert time.monotonic() < until, "it did not come to that"
-        time.sleep(0.01)
 
 
 class Rank:
@@ -86,13 +79,13 @@ def rank() -> Iterator[Rank]:
 
 def test_the_index_has_what_either_holds_and_each_is_accounted_for(rank: Rank) -> None:
     """Stored by the first, gone with the last; counted under each one's own name."""
-    eventually(lambda: not rank.source.stale)
+    until(lambda: not rank.source.stale)
     store(rank.engine, 1, 2)
     store(rank.connector, 2, 3)
     store(rank.connector, 1, medium="CPU")
-    eventually(lambda: rank.source.blocks() == {"gpu": 3, "cpu": 1})
+    until(lambda: rank.source.blocks() == {"gpu": 3, "cpu": 1})
     rank.engine.publish_removed(None, [1, 2])
-    eventually(lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1})
+    until(lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1})
     assert rank.source.hashes() == {1, 2, 3}
     page = {
         (sample.name, sample.labels.get("worker"), sample.labels.get("reason")): sample.value
@@ -110,10 +103,10 @@ def test_the_index_has_what_either_holds_and_each_is_accounted_for(rank: Rank) -
 
 def test_a_reset_of_the_engine_leaves_what_the_connector_keeps(rank: Rank) -> None:
     """Made true at once, before any event of the engine's."""
-    eventually(lambda: not rank.source.stale)
+    until(lambda: not rank.source.stale)
     store(rank.engine, 1, 2)
     store(rank.connector, 1, medium="CPU")
-    eventually(lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1})
+    until(lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1})
     rank.kv.pipeline.clear("w", 0)
     assert rank.source.blocks().get("gpu", 0) == 0
     assert rank.source.blocks()["cpu"] == 1
@@ -121,10 +114,10 @@ def test_a_reset_of_the_engine_leaves_what_the_connector_keeps(rank: Rank) -> No
 
 def test_a_connector_that_goes_away_makes_the_rank_doubtful(rank: Rank) -> None:
     """Its blocks may be gone with it; the engine's are still followed."""
-    eventually(lambda: not rank.source.stale)
+    until(lambda: not rank.source.stale)
     store(rank.connector, 7, medium="CPU")
-    eventually(lambda: rank.source.blocks() == {"cpu": 1})
+    until(lambda: rank.source.blocks() == {"cpu": 1})
     rank.connector.shutdown()
-    eventually(lambda: "disconnected" in rank.source.stale)
+    until(lambda: "disconnected" in rank.source.stale)
     store(rank.engine, 8)
-    eventually(lambda: rank.source.blocks() == {"gpu": 1, "cpu": 1})
+    until(lambda: rank.source.blocks() == {"gpu": 1, "cpu": 1})

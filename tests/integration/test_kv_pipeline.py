@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,19 +15,13 @@ from llm_worker.kv.listener import Listener
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.transport import EventSocket
+from waiting import until
 
 
 def held(listener: Listener) -> set[Hash]:
     """The hashes that the index has of this rank."""
     assert isinstance(listener.source, Source)
     return listener.source.hashes()
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -66,6 +60,20 @@ class Outlet:
         self.closed += 1
 
 
+def break_once(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> None:
+    """Have the next call of a method raise, and those after it do what they did."""
+    original = getattr(owner, method)
+    broken: list[bool] = []
+
+    def breaks(self: Any) -> Any:
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("a bug")
+        return original(self)
+
+    monkeypatch.setattr(owner, method, breaks)
+
+
 def test_a_thread_that_breaks_is_started_again_and_misses_nothing(
     pipeline: Pipeline, socket: EventSocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,16 +82,7 @@ def test_a_thread_that_breaks_is_started_again_and_misses_nothing(
     listener = listen(pipeline, socket)
     publish(socket, 1)
     until(lambda: held(listener) == {1})
-    patience = Pipeline._patience_ms
-    broken: list[bool] = []
-
-    def breaks(self: Pipeline) -> int:
-        if not broken:
-            broken.append(True)
-            raise RuntimeError("a bug")
-        return patience(self)
-
-    monkeypatch.setattr(Pipeline, "_patience_ms", breaks)
+    break_once(monkeypatch, Pipeline, "_patience_ms")
     publish(socket, 2)
     until(lambda: pipeline.crashes == 1)
     publish(socket, 3)
@@ -100,16 +99,7 @@ def test_a_listener_that_breaks_reconnects_and_goes_on(
     listener = listen(pipeline, socket)
     publish(socket, 1)
     until(lambda: held(listener) == {1})
-    receive = Listener._receive
-    broken: list[bool] = []
-
-    def breaks(self: Listener) -> Any:
-        if not broken:
-            broken.append(True)
-            raise RuntimeError("a bug")
-        return receive(self)
-
-    monkeypatch.setattr(Listener, "_receive", breaks)
+    break_once(monkeypatch, Listener, "_receive")
     publish(socket, 2)
     until(lambda: held(listener) == {1, 2} and not listener.source.stale)
     assert listener.stats.crashes == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from itertools import pairwise
 import pytest
 import zmq
 
+import waiting
 from llm_worker.kv.publisher import ZmqKvEventPublisher
 from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.transport import END_SEQUENCE, SNAPSHOT, EventSocket, Message
@@ -59,11 +61,7 @@ def answer(dealer: Socket) -> list[tuple[bytes, int, bytes]]:
         found.append((topic, int.from_bytes(sequence, "big"), payload))
 
 
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + TIMEOUT_MS / 1000
-    while not condition():
-        assert time.monotonic() < deadline, "in vain"
-        time.sleep(0.005)
+eventually = functools.partial(waiting.until, seconds=TIMEOUT_MS / 1000)
 
 
 def subscribe(connect: Callable[..., Socket], events: EventSocket, **more: int) -> Socket:

@@ -8,23 +8,25 @@ ones.
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import waiting
+from worker_process import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "prometheus"
@@ -39,24 +41,9 @@ def sped_up(text: str) -> str:
     return re.sub(r"((?:scrape|evaluation|refresh)_(?:interval|timeout): )\d+s", r"\g<1>1s", text)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def until(question: Callable[[], object], what: str) -> None:
-    """Ask until the answer is truthy. Fails with ``what`` after WAIT_SECONDS."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            if question():
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            pass
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {WAIT_SECONDS} s: {what}")
-        time.sleep(0.2)
+until = functools.partial(
+    waiting.until, seconds=WAIT_SECONDS, pause_seconds=0.2, ignoring=waiting.UNREACHABLE
+)
 
 
 class StandIn:
@@ -95,7 +82,7 @@ class Prometheus:
         shutil.copytree(PROMETHEUS, self.directory)
         config = self.directory / "prometheus.yml"
         config.write_text(sped_up(config.read_text(encoding="utf-8")), encoding="utf-8")
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         self.log = home / "prometheus.log"
         self.local(home, "prometheus", self.address)
         with self.log.open("wb") as log:
