@@ -45,6 +45,8 @@ echo.
 echo exit codes:
 echo    0  up and healthy
 echo    2  wrong usage
+echo    8  the profiles demo and gpu are both on
+echo    9  the rest of the project is not beside this file
 echo   10  Docker Desktop is not installed
 echo   11  Docker Desktop is not running and cannot be started from here
 echo   12  Docker Desktop was started but did not get ready
@@ -61,6 +63,20 @@ set "CODE=0"
 goto :finish
 
 :check_installed
+rem Also where this file lies on a network path: cmd.exe cannot change into one.
+if not exist "docker-compose.yml" (
+    call :fail 9 "There is no docker-compose.yml beside this file." "Unpack the whole project into a folder on a local drive, then run this file there."
+    goto :finish
+)
+call :setting COMPOSE_PROFILES demo
+set "PROFILES=,!VALUE!,"
+set "WORKER="
+if not "!PROFILES:,demo,=!"=="!PROFILES!" set "WORKER=demo"
+if not "!PROFILES:,gpu,=!"=="!PROFILES!" set "WORKER=!WORKER!gpu"
+if "!WORKER!"=="demogpu" (
+    call :fail 8 "The profiles demo and gpu serve on the same ports." "Choose one of them for COMPOSE_PROFILES in .env."
+    goto :finish
+)
 echo [1/6] Docker Desktop
 if defined DRY_RUN (
     echo would check: docker is installed, runs Linux containers, has Compose 2
@@ -121,22 +137,20 @@ if errorlevel 1 (
 )
 
 echo [3/6] Ports
+set "RUNNING="
 if defined DRY_RUN (
     echo would check: the ports are free
     goto :images
 )
 rem Ours hold them when the stack runs already.
-set "RUNNING="
 for /f "delims=" %%c in ('docker compose ps --quiet 2^>nul') do set "RUNNING=1"
 if defined RUNNING goto :images
 set "TAKEN="
 call :check_port GRAFANA_PORT 3010
 call :check_port PROMETHEUS_PORT 9090
 call :check_port ALERTMANAGER_PORT 9093
-call :check_port WORKER_API_PORT 8000
-call :check_port WORKER_SYSTEM_PORT 8081
-call :setting COMPOSE_PROFILES demo
-set "PROFILES=,!VALUE!,"
+if defined WORKER call :check_port WORKER_API_PORT 8000
+if defined WORKER call :check_port WORKER_SYSTEM_PORT 8081
 if not "!PROFILES:,fleet,=!"=="!PROFILES!" call :check_port KV_INDEX_PORT 8082
 if not "!PROFILES:,nats,=!"=="!PROFILES!" call :check_port NATS_PORT 4222
 if defined TAKEN (
@@ -169,6 +183,9 @@ if errorlevel 1 (
     call :fail 21 "A container is not healthy; see the list above." "docker compose logs NAME shows why."
     goto :finish
 )
+rem It ran already: rules and notification channels are read again.
+if defined RUNNING call :run docker compose restart alertmanager
+if defined RUNNING call :run docker compose kill --signal SIGHUP prometheus
 
 call :setting GRAFANA_PORT 3010
 set "GRAFANA=http://localhost:!VALUE!"

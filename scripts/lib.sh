@@ -30,15 +30,20 @@ docker_ready() {
     docker_problem=
     if ! have docker; then
         docker_problem="the docker command is not installed"
-    elif ! docker_answer=$(docker version --format '{{.Server.Version}}' 2>&1); then
-        docker_problem="the Docker engine does not answer ($(printf '%s' "$docker_answer" | tail -n 1))"
-    elif ! docker_answer=$(docker compose version --short 2>&1); then
+    elif ! engine_version=$(docker version --format '{{.Server.Version}}' 2>&1); then
+        docker_problem="the Docker engine does not answer ($(printf '%s' "$engine_version" | tail -n 1))"
+    elif ! compose_version=$(docker compose version --short 2>&1); then
         docker_problem="the compose plugin (docker compose, version 2) is not installed"
     else
-        docker_answer=${docker_answer#v}
-        case $docker_answer in
+        case $engine_version in
+            # The health checks' start_interval came with 25.
+            [0-9].* | 1[0-9].* | 2[0-4].*)
+                docker_problem="Docker engine $engine_version is too old; 25 or newer is needed"
+                ;;
+        esac
+        case ${compose_version#v} in
             1.* | 2.[0-9].* | 2.1[0-9].* | 2.2[0-3].*)
-                docker_problem="docker compose $docker_answer is too old; 2.24 or newer is needed"
+                docker_problem="docker compose $compose_version is too old; 2.24 or newer is needed"
                 ;;
         esac
     fi

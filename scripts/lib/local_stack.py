@@ -32,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOCAL = ROOT / ".local"
 SUPERVISOR_PID = LOCAL / "run" / "stack.pid"
+PROC = Path("/proc")
 
 EXIT_UNHEALTHY, EXIT_PORT_TAKEN = 1, 5
 LOG_BYTES, LOG_FILES = 10_000_000, 3
@@ -272,9 +273,9 @@ class Supervisor:
         finally:
             os.close(writing)
         pid_file = _pid_file(part.name)
-        _note_pid(pid_file, process.pid)
-        self._log.info("%s started, pid %s", part.name, process.pid)
         try:
+            _note_pid(pid_file, process.pid)
+            self._log.info("%s started, pid %s", part.name, process.pid)
             code = await process.wait()
         except asyncio.CancelledError:
             await self._stop(part, process)
@@ -351,7 +352,18 @@ def _note_pid(pid_file: Path, pid: int) -> None:
 
 
 def _started(pid: int) -> str:
-    """When a process started, as ps words it; empty when there is none."""
+    """When a process started, in this system's own words; empty when there is none.
+
+    From /proc where there is one: small images have no ps.
+    """
+    if (PROC / "self").exists():
+        try:
+            stat = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        # Behind the name, which may hold anything: the state, and 19 fields on, clock ticks.
+        state, *rest = stat.rpartition(")")[2].split()
+        return "" if state in "ZX" else rest[18]
     command = ["ps", "-o", "lstart=", "-p", str(pid)]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -161,6 +163,77 @@ def test_a_mistyped_option_is_refused_with_exit_code_2(arguments: list[str]) -> 
     assert rest[0] in done.stderr
 
 
+STUB_DOCKER = """#!/bin/sh
+echo "$*" >>"$CALLS"
+case $1-$2 in version-*) echo "$ENGINE" ;; compose-version) echo 2.40.0 ;; esac
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], str]]:
+    """Runs scripts/up with a docker that only writes down what it was asked."""
+    docker = tmp_path / "docker"
+    docker.write_text(STUB_DOCKER, encoding="utf-8")
+    docker.chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def up(
+        *options: str, engine: str = "28.5.0", **environment: str
+    ) -> tuple[subprocess.CompletedProcess[str], str]:
+        calls.write_text("", encoding="utf-8")
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = subprocess.run(
+            [ROOT / "scripts" / "up", "--docker", *options],
+            env={**os.environ, "PATH": path, "CALLS": str(calls), "ENGINE": engine, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done, calls.read_text(encoding="utf-8")
+
+    return up
+
+
+Stub = Callable[..., tuple[subprocess.CompletedProcess[str], str]]
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_none_of_it(stub: Stub) -> None:
+    """Nothing is pulled, built or started."""
+    done, calls = stub("--dry-run", COMPOSE_PROFILES="demo")
+    assert done.returncode == 0, done.stderr
+    for step in ("pull", "build", "up --detach"):
+        assert f"would run: docker compose {step}" in done.stdout
+    assert not re.search(r"compose (pull|build|up|restart|kill)", calls)
+
+
+def test_an_engine_that_is_too_old_is_named_before_anything_starts(stub: Stub) -> None:
+    """Its health checks would be refused, minutes later, in other words."""
+    done, calls = stub(engine="24.0.7")
+    assert done.returncode == 3
+    assert "24.0.7 is too old; 25 or newer" in done.stderr
+    assert "pull" not in calls
+
+
+@pytest.mark.parametrize(
+    ("options", "profiles", "named"),
+    [(["--workers", "2"], "gpu", "demo"), ([], "demo,gpu", "same ports")],
+)
+def test_profiles_that_do_not_fit_are_refused_with_exit_code_2(
+    stub: Stub, options: list[str], profiles: str, named: str
+) -> None:
+    """Compose would say it later, and as an unhealthy stack."""
+    done, calls = stub(*options, COMPOSE_PROFILES=profiles)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "pull" not in calls
+
+
+def test_without_the_demo_there_is_no_load_to_leave_out(stub: Stub) -> None:
+    """Compose refuses to scale a service whose profile is off."""
+    assert "loadgen=0" in stub("--dry-run", "--no-load", COMPOSE_PROFILES="demo")[0].stdout
+    assert "loadgen" not in stub("--dry-run", "--no-load", COMPOSE_PROFILES="gpu")[0].stdout
+
+
 def test_shell_and_batch_know_the_same_ports() -> None:
     """The ports that both starters check are the ones that the compose file publishes."""
     published = set(re.findall(r"127\.0\.0\.1:\$\{(\w+):-(\d+)\}", COMPOSE))
@@ -168,6 +241,10 @@ def test_shell_and_batch_know_the_same_ports() -> None:
     batch = BAT.read_text(encoding="ascii")
 
     assert set(re.findall(r"call :check_port (\w+) (\d+)", batch)) == published
+    # A worker's ports only where there is a worker: the user's own vLLM may hold them.
+    assert set(re.findall(r"if defined WORKER call :check_port (\w+)", batch)) == {
+        name for name, _ in published if name.startswith("WORKER_")
+    }
     for name, port in published:
         assert f'{name} "$(setting {name} {port})"' in shell
 
@@ -198,6 +275,18 @@ def test_the_local_stack_runs_what_the_compose_file_runs() -> None:
     for part in stack.parts:
         assert "${" not in " ".join(part.command)
         assert "/etc/" not in " ".join(part.command)
+
+
+def test_a_process_is_known_again_without_ps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images have no ps, and nothing may be started that cannot be stopped."""
+    local = _module("local_stack")
+    monkeypatch.setenv("PATH", "")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        began = local._started(other.pid)
+        assert began
+        assert began == local._started(other.pid)
+        other.kill()
+    assert local._started(other.pid) == ""
 
 
 def test_worker_arguments_replace_the_demo_and_its_load() -> None:
