@@ -7,8 +7,10 @@ reads first.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -266,3 +268,88 @@ def test_a_kv_tensor_names_the_size_of_its_whole_allocation() -> None:
     assert fields(KVCacheTensor) >= {"size", "host_resident"}
     assert "kv_cache_tensors" in fields(KVCacheConfig)
     assert "total size of the backing allocation" in inspect.getsource(KVCacheTensor)
+
+
+# Routes that take a POST and are no request for the model: they render, count, or steer the server.
+NO_INFERENCE = re.compile(
+    r"/(render|derender|count_tokens|cancel|abort_requests|tokenize|detokenize|ping)$"
+    r"|scale_elastic_ep$|scaling_elastic_ep$"
+)
+# vLLM includes these only for models of their kind.
+OF_SOME_MODELS = (
+    "vllm.entrypoints.pooling.pooling.api_router",
+    "vllm.entrypoints.pooling.classify.api_router",
+    "vllm.entrypoints.pooling.embed.api_router",
+    "vllm.entrypoints.pooling.scoring.api_router",
+)
+
+
+def posts(routes: Any) -> Iterator[str]:
+    """The paths that take a POST, also of what is mounted."""
+    for route in routes:
+        if "POST" in (getattr(route, "methods", None) or ()):
+            yield route.path
+        else:
+            yield from posts(getattr(route, "routes", None) or ())
+
+
+def test_every_route_that_asks_the_model_is_in_the_ledgers_list() -> None:
+    """What vLLM refuses on a route that is not in the list would be in no account."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.tasks import FRONTEND_TASKS, GENERATION_TASKS, POOLING_TASKS
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from llm_worker.ledger import INFERENCE
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    app = build_app(args, (*FRONTEND_TASKS, *GENERATION_TASKS, *POOLING_TASKS), None)
+    found = set(posts(app.routes))
+    for module in OF_SOME_MODELS:
+        found |= set(posts(importlib.import_module(module).router.routes))
+    assert len(found) > 25
+    # Cohere's router is made for a model that names it.
+    assert {path for path in found if not NO_INFERENCE.search(path)} == INFERENCE - {
+        "/cohere/v2/chat"
+    }
+
+
+def test_no_option_of_vllms_is_taken_for_one_of_ours() -> None:
+    """Those that begin like ours are known, and pass through."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from llm_worker.config import FLAG_PREFIX, THEIRS, load
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {option for option in options if option.startswith(FLAG_PREFIX)} == THEIRS
+    assert not options & {"--check-config", "--dump-config-to"}
+    for option in THEIRS:
+        asked = ["--model", "m", option, "x", f"{option}=y", option.replace("-", "_")]
+        # The word before the first hyphen is the prefix's; vLLM takes underscores in the rest.
+        assert list(load(asked, {}).config.engine_args) == asked[2:]
+
+
+def test_admission_is_asked_before_generate_and_its_reason_told_at_once() -> None:
+    """What `ledger.note_rejection` relies on: the reason comes within the request's own task."""
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "check_admission" in inspect.getsource(GenerateBaseServing._preflight)
+    assert not inspect.iscoroutinefunction(AsyncLLM.check_admission)
+    assert "record_admission_rejection" in inspect.getsource(AsyncLLM._record_admission_rejection)
+
+
+def test_the_coordinator_of_ranks_is_sent_a_function_of_ours_that_runs_vllms() -> None:
+    """It loads no plug-in; started by spawning, by its name, or by forking, as it is here."""
+    import pickle
+
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    from llm_worker import startup
+
+    startup.install()
+    assert pickle.loads(pickle.dumps(DPCoordinatorProc.run_coordinator)) is startup.run_coordinator
+    with pytest.raises(TypeError, match="engine_count"):  # vLLM's own misses its arguments
+        DPCoordinatorProc.run_coordinator()

@@ -142,7 +142,7 @@ async def serve_everything(directory: str) -> dict[str, Any]:
             "rank_blocks": {str(rank): blocks for rank, blocks in info.rank_blocks.items()},
             "max_num_seqs": info.max_num_seqs,
         }
-        found["load_seconds"] = await startup.model_load_seconds(engine)
+        found["load_seconds"] = startup.model_load_seconds(engine.vllm_config)
 
         await asyncio.gather(*(ask(engine, f"finish-{i}") for i in range(4)))
         await settle(engine)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
-import threading
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
+from waiting import until
 from worker_process import WorkerProcess, free_ports
 
 pytestmark = pytest.mark.needs("vllm")
@@ -199,11 +201,66 @@ def test_goodput_needs_every_target_at_once(worker: WorkerProcess) -> None:
     assert value(worker, "llm_worker_goodput_missed_requests_total", objective="ttft") == 0
 
 
+def test_versions_are_told(worker: WorkerProcess) -> None:
+    """Ours, vLLM's and Python's."""
+    told = worker.get("/version").json()
+    assert set(told) == {"llm_worker", "vllm", "python"}
+    assert told["vllm"].startswith("0.32.0")
+
+
 def test_an_unknown_route_says_so(worker: WorkerProcess) -> None:
     """A wrong path is a clear answer."""
     answer = worker.get("/healthz")
     assert answer.status_code == 404
     assert "/healthz" in answer.json()["error"]
+
+
+REPORT_FREEZE = """
+import atexit, gc, os, pathlib
+name = f"{os.environ['FROZEN']}/{os.getpid()}"
+atexit.register(lambda: pathlib.Path(name).write_text(str(gc.get_freeze_count())))
+"""
+
+
+def test_a_worker_that_shares_metrics_logs_json_and_has_a_short_queue(
+    start: Start, tmp_path: Path
+) -> None:
+    """What one start can show of options, refusals and a frozen heap.
+
+    Its page is whole and drops nothing; each line of ours in the log is JSON; a full queue is a
+    rejection; and full garbage collections find the heap frozen.
+    """
+    (tmp_path / "sitecustomize.py").write_text(REPORT_FREEZE, encoding="utf-8")
+    worker = start(
+        "--worker-multiproc-dir", "auto", "--worker-log-format", "json",
+        "--max-num-queued-reqs", "1",
+        environment={"PYTHONPATH": str(tmp_path), "FROZEN": str(tmp_path)},
+    )  # fmt: skip
+    worker.wait_until_ready()
+    stream = worker.stream(max_tokens=3900)
+    next(stream)
+    assert worker.complete(prompt="a", max_tokens=1).status_code == 503
+    list(stream)
+    answered = worker.complete(prompt="a", max_tokens=1, ignore_eos=True)
+    assert answered.status_code == 200, answered.text
+
+    assert value(worker, "llm_worker_requests_ended_total", reason="max_num_queued_reqs") == 1
+    assert value(worker, "llm_worker_requests_ended_total", outcome="errored") == 0
+    assert value(worker, "llm_worker_requests_ended_total", reason="length") == 3  # the warm-up's
+    assert value(worker, "vllm:generation_tokens_total") == 3902
+    assert value(worker, "process_resident_memory_bytes") > 0
+    assert value(worker, "llm_worker_kv_capacity_blocks") > 0
+    assert value(worker, "llm_worker_exporter_families_dropped_total") == 0
+    assert value(worker, "llm_worker_exporter_source_up") == 2
+
+    worker.terminate()
+    assert worker.wait() == 0
+    ours = [line for line in worker.log().splitlines() if '"logger": "llm_worker' in line]
+    told = [json.loads(line) for line in ours]
+    assert [line["message"] for line in told if line["message"].startswith("engine cache: ")]
+    assert told[-1]["message"] == "exit 0: stopped"
+    assert worker.log().count("engine cache: ") == 1
+    assert int((tmp_path / str(worker.process.pid)).read_text()) > 100_000
 
 
 def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: Path) -> None:
@@ -213,7 +270,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: 
     children, segments = worker.descendants(), worker.segments()
     chunks: list[dict[str, Any]] = []
     with ThreadPoolExecutor() as pool:
-        reading = pool.submit(lambda: chunks.extend(worker.stream(max_tokens=1500)))
+        reading = pool.submit(lambda: chunks.extend(worker.stream(max_tokens=3900)))
         while not chunks:
             time.sleep(0.01)
         worker.terminate()
@@ -224,7 +281,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: 
         assert not reading.done(), "the stream ended before the drain could be seen"
         reading.result(timeout=60)
     assert worker.wait() == 0, worker.log()[-4000:]
-    # With ignore_eos only the last of all 1,500 tokens ends it so; a busy server joins some chunks.
+    # With ignore_eos only the last of all 3,900 tokens ends it so; a busy server joins some chunks.
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert not running(children)
     assert not [segment for segment in segments if segment.exists()]
@@ -233,16 +290,33 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: 
 
 
 def test_a_request_that_outlasts_the_drain_is_ended(start: Start) -> None:
-    """The drain time is a promise to the supervisor, too."""
-    worker = start("--worker-drain-seconds", "1")
+    """The drain time is a promise to the supervisor, too; what it cuts off is no client's doing."""
+    worker = start("--worker-drain-seconds", "0.5")
     worker.wait_until_ready()
     stream = worker.stream(max_tokens=4000)
-    next(stream)
-    threading.Thread(target=lambda: list(_until_error(stream)), daemon=True).start()
-    began = time.monotonic()
-    worker.terminate()
-    assert worker.wait() == 0, worker.log()[-4000:]
-    assert time.monotonic() - began < 20
+    chunks = [next(stream)]
+    endings: list[float] = []
+
+    def watch() -> None:
+        with contextlib.suppress(httpx.HTTPError, AssertionError):
+            while True:
+                endings.append(
+                    value(worker, "llm_worker_requests_ended_total", reason="drain_timeout")
+                )
+
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(lambda: chunks.extend(_until_error(stream)))
+        watching = pool.submit(watch)
+        began = time.monotonic()
+        worker.terminate()
+        assert worker.wait() == 0, worker.log()[-4000:]
+        took = time.monotonic() - began
+        reading.result(timeout=10)
+        watching.result(timeout=10)
+    assert took < 20
+    assert chunks[-1]["choices"][0]["finish_reason"] is None, "it was served to its end"
+    assert endings[0] == 0
+    assert endings[-1] == 1
 
 
 def _time_of_death(pid: int) -> float:
@@ -253,6 +327,17 @@ def _time_of_death(pid: int) -> float:
         return time.monotonic()
     finally:
         os.close(descriptor)
+
+
+def test_a_killed_worker_process_of_the_engine_takes_the_worker_along(start: Start) -> None:
+    """An engine core that lost the process with the model is as dead as one that was killed."""
+    worker = start()
+    worker.wait_until_ready()
+    children = worker.descendants()
+    (process,) = (c for c in children if "VLLM::Worker" in " ".join(c.cmdline()))
+    process.kill()
+    assert worker.wait() == 70, worker.log()[-4000:]
+    assert not running(children)
 
 
 def _until_error(stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -277,11 +362,11 @@ def test_a_killed_engine_is_seen_at_once_and_takes_the_worker_along(
         stream = worker.stream(max_tokens=4000)
         next(stream)
         assert probe.get(f"{worker.system}/ready").status_code == 200
+        death = pool.submit(_time_of_death, core.pid)  # after the signal: memory is given back
         core.kill()
-        killed = time.monotonic()
         while probe.get(f"{worker.system}/ready").status_code == 200:
-            assert time.monotonic() - killed < 5
-        unready_after = time.monotonic() - killed
+            assert not death.done() or time.monotonic() - death.result() < 5
+        unready_after = time.monotonic() - death.result()
         chunks = list(_until_error(stream))
         failed = waiting.result(timeout=30)
     assert unready_after < 0.2, f"{unready_after:.3f} s"
@@ -322,8 +407,6 @@ def test_settings_that_fail_late_exit_78_with_the_fix(
     start: Start, arguments: list[str], message: str
 ) -> None:
     """A refused argument or a busy port is a matter of configuration, whoever finds it."""
-    import socket
-
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -333,11 +416,52 @@ def test_settings_that_fail_late_exit_78_with_the_fix(
     assert message in worker.log()
 
 
-def test_a_killed_worker_leaves_no_engine_behind(start: Start) -> None:
-    """SIGKILL gives the worker no chance to tidy up; its engine goes all the same."""
-    worker = start()
+def _free_range() -> int:
+    """A port that is free, as are the next one and both a hundred above."""
+    while True:
+        (port,) = free_ports(1)
+        try:
+            with contextlib.ExitStack() as stack:
+                for offset in (0, 1, 100, 101):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + offset))
+            return port
+        except (OSError, OverflowError):
+            continue
+
+
+def test_two_ranks_are_told_apart_and_leave_nothing_behind_a_killed_worker(start: Start) -> None:
+    """Each has its capacity at the first scrape, its steps and its index of KV blocks.
+
+    SIGKILL gives the worker no chance to tidy up: engines, their workers and who coordinates the
+    ranks go all the same.
+    """
+    worker = start(
+        "--data-parallel-size", "2", "--worker-kv-events-port", str(_free_range()),
+        "--worker-kv-plane", "off",
+    )  # fmt: skip
     worker.wait_until_ready()
+    ranks = ("0", "1")
+    blocks = [value(worker, "llm_worker_kv_capacity_blocks", engine=rank) for rank in ranks]
+    assert blocks[0] == blocks[1] > 0
+    for rank, prompts in zip(ranks, (1, 3), strict=True):
+        for number in range(prompts):
+            httpx.post(
+                f"{worker.api}/v1/completions",
+                json={"model": "tiny", "prompt": f"{rank} {number}" * 200, "max_tokens": 2},
+                headers={"X-data-parallel-rank": rank},
+                timeout=60,
+            ).raise_for_status()
+        assert value(worker, "llm_worker_engine_steps_total", engine=rank) > 0
+
+    def held() -> list[int]:
+        sources = worker.get("/kv/status").json()["sources"]
+        assert [source["rank"] for source in sources] == [0, 1]
+        return [source["blocks"].get("gpu", 0) if source["ok"] else 0 for source in sources]
+
+    until(lambda: held()[1] == 3 * held()[0] > 0)
+
     children = [c for c in worker.descendants() if "resource_tracker" not in " ".join(c.cmdline())]
+    assert len(children) >= 5, "two engine cores, two workers, a coordinator"
     worker.process.kill()
     worker.wait()
     _, alive = psutil.wait_procs(children, timeout=15)

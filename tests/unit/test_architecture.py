@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "processes": set(),
-    "multiprocess": set(),
+    "multiprocess": {"direct"},
     "tiny": set(),
     "settings": set(),
     "config": {"errors", "settings"},

@@ -71,7 +71,7 @@ def test_every_setting_is_read_from_flag_and_environment_and_the_flag_wins(
         "kv-connector-events": ("127.0.0.1:57001", "connector:57001,replay=57101"),
         "kv-max-blocks": ("1000000", "2000000"),
         "id": ("worker-a", "worker-b"),
-        "multiproc-dir": ("/a", "/b"),
+        "multiproc-dir": (str(tmp_path), "auto"),
         "log-format": ("json", "text"),
         "drain-seconds": ("5", "7"),
         "goodput": ("ttft=2", "ttft=3"),
@@ -180,10 +180,12 @@ def test_an_empty_token_file_is_refused(tmp_path: Path) -> None:
     assert "is empty" in found[0]
 
 
-def test_a_directory_set_for_prometheus_client_is_used() -> None:
+def test_a_directory_set_for_prometheus_client_is_used(tmp_path: Path) -> None:
     """PROMETHEUS_MULTIPROC_DIR in the environment is prometheus_client's own convention."""
-    found = resolved("--model=m", env={"PROMETHEUS_MULTIPROC_DIR": "/somewhere"})
-    assert found.multiproc_dir == "/somewhere"
+    found = resolved("--model=m", env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
+    assert found.multiproc_dir == str(tmp_path)
+    (problem,) = problems("--model=m", env={"PROMETHEUS_MULTIPROC_DIR": "/not/there"})
+    assert "/not/there is not a directory: create it" in problem
 
 
 def test_the_dump_holds_no_token(tmp_path: Path) -> None:
@@ -216,6 +218,27 @@ def test_check_config_needs_no_vllm_and_exits_78_when_something_is_wrong(
         assert done.returncode == code, done.stderr
     assert json.loads(dump.read_text(encoding="utf-8"))["model"] == "tiny"
     assert "--worker-log-format" in done.stderr
+
+
+def test_a_disk_that_fails_later_is_no_matter_of_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A supervisor may leave a worker down that exits 78: only wrong settings do."""
+    from llm_worker import __main__ as program
+
+    def full(_: Config) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(program, "_run", full)
+    monkeypatch.setattr(program, "configure_logging", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["llm_worker", "--model", "m"])
+    with pytest.raises(OSError, match="no space"):
+        program.main()
+    monkeypatch.setattr(
+        sys, "argv", ["llm_worker", "--model", "m", "--dump-config-to", "/nowhere/f"]
+    )
+    assert program.main() == 78
+    assert "--dump-config-to" in capsys.readouterr().err
 
 
 def test_help_lists_every_setting() -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from llm_worker.lifecycle import (
-    EXIT_REASONS,
     FOLLOWERS,
     ExitRecord,
     InvalidTransition,
     Lifecycle,
     State,
 )
-from llm_worker.metrics import Metrics
+from llm_worker.metrics import EXIT_REASONS, Metrics
 
 
 @pytest.fixture
@@ -117,6 +118,22 @@ def test_a_damaged_record_is_ignored(tmp_path: Path) -> None:
         file.write_text(content, encoding="utf-8")
         assert ExitRecord(tmp_path, "8081").begin() is None
         next(tmp_path.glob("*.alive")).unlink()
+
+
+def test_a_directory_that_went_away_costs_the_memory_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full, removed or read-only disk ends no request and changes no exit code."""
+    run = ExitRecord(tmp_path / "state", "8081")
+    (tmp_path / "state").mkdir()
+    run.begin()
+    shutil.rmtree(tmp_path / "state")
+    with caplog.at_level(logging.WARNING, logger="llm_worker.lifecycle"):
+        run.alive()
+        run.alive()
+        run.end("stopped")
+    assert len(caplog.records) == 1
+    assert "the next run will not know" in caplog.text
 
 
 def test_two_workers_share_a_directory(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_the_page_is_valid_openmetrics(registry: CollectorRegistry) -> None:
     metrics = Metrics(registry)
     metrics.set_state("ready")
     metrics.set_build("1", "0.32.0")
-    metrics.declare_source("vllm")
+    metrics.exporter_source_errors_total.labels("vllm").inc(0)
     metrics.ledger("m")
     metrics.engine("m", 0).set_capacity(9, 16, 144, 4096)
     assert len(list(parse(render(registry).decode()))) == len(LABELS)

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 from llm_worker.config import Config, help_text, load
 from llm_worker.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_STOPPED, ConfigError
@@ -25,7 +26,7 @@ def main() -> int:
     try:
         command = load(arguments)
         if command.dump_to is not None:
-            command.dump_to.write_text(command.config.to_json(), encoding="utf-8")
+            _dump(command.config, command.dump_to)
         if command.check_only:
             print(command.config.to_json(), end="")
             return EXIT_STOPPED
@@ -36,9 +37,14 @@ def main() -> int:
         for problem in error.problems:
             print(f"  - {problem}", file=sys.stderr)
         return EXIT_CONFIG
+
+
+def _dump(config: Config, path: Path) -> None:
+    try:
+        path.write_text(config.to_json(), encoding="utf-8")
     except OSError as error:
-        print(f"llm_worker: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        fix = "choose a file that can be written"
+        raise ConfigError([f"--dump-config-to: {error}: {fix}"]) from error
 
 
 def _run(config: Config) -> int:

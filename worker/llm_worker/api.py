@@ -162,9 +162,10 @@ def name_unknown_routes(app: FastAPI) -> None:
 
     @app.exception_handler(404)
     async def unknown(request: Request, _: Exception) -> Response:
-        return JSONResponse(_error(f"no route {request.url.path}; see /openapi.json"), 404)
+        return JSONResponse(_error(f"no route {request.url.path}; {_ROUTES}"), 404)
 
 
+_ROUTES = "there are /live, /ready, /metrics and those of /openapi.json"
 _OK = json.dumps({"ok": True, "reasons": []}).encode()
 
 

@@ -36,8 +36,9 @@ from llm_worker.errors import (
 )
 from llm_worker.exposition import Exposition
 from llm_worker.health import Health, Heartbeat
-from llm_worker.lifecycle import ExitRecord, Lifecycle, State
+from llm_worker.lifecycle import ExitRecord, InvalidTransition, Lifecycle, State
 from llm_worker.metrics import Metrics
+from llm_worker.multiprocess import NotInFiles
 from llm_worker.processes import (
     adopt_orphans,
     end_descendants,
@@ -86,15 +87,17 @@ class Worker:
         registry = CollectorRegistry()
         self.metrics = Metrics(registry)
         self.exposition = Exposition(self.metrics, config.constant_labels)
-        self.exposition.register("llm_worker", registry)
-        self.exposition.register("vllm", REGISTRY)
-        if multiprocess is not None:
+        if multiprocess is None:
+            self.exposition.register("llm_worker", registry)
+            self.exposition.register("vllm", REGISTRY)
+        else:
             self.exposition.register_multiprocess(multiprocess)
+            self.exposition.register("vllm", NotInFiles(REGISTRY))
         self.lifecycle = Lifecycle(self.metrics)
         self.heartbeat = Heartbeat(self.metrics)
         self.health = Health(self.lifecycle, self.heartbeat)
         self._engine: Engine | None = None
-        self._last_sign = 0.0
+        self._calling_off: threading.Thread | None = None
         self.kv: WorkerKv | None = None
         if config.kv_index is not None:
             from llm_worker.kv.worker import WorkerKv  # 40 ms before the system server is up
@@ -123,7 +126,7 @@ class Worker:
             config.system_port,
         )
         self._record = (
-            ExitRecord(config.state_dir, str(config.system_port)) if config.state_dir else None
+            ExitRecord(config.state_dir, str(self.system_server.port)) if config.state_dir else None
         )
 
     def run(self) -> int:
@@ -138,6 +141,7 @@ class Worker:
             reason = "start_failed"
             raise
         finally:
+            self._let_calling_off_end()
             self._clean_up(reason)
             if self.kv is not None:
                 self.kv.close()
@@ -158,6 +162,7 @@ class Worker:
             self.metrics.set_build(__version__, vllm.__version__)
             uvloop.run(self._main())
         except EngineStartError as error:
+            self._let_calling_off_end()
             log.exception("start-up failed in phase %s", error.phase, extra={"phase": error.phase})
             self.lifecycle.to(State.DEAD, str(error))
             return EXIT_START_FAILED, "start_failed"
@@ -188,7 +193,7 @@ class Worker:
                 server = await engine.build_api(self._config.drain_seconds, started.set)
             with self._phase("warmup"):
                 await engine.warm_up()
-            await self._note_model_load(engine)
+            self._note_model_load(engine)
         except ConfigError:
             raise
         except Exception as error:
@@ -217,19 +222,22 @@ class Worker:
             died = tasks.create_task(engine.died(), name="engine-watch")
             stop = tasks.create_task(asked.wait(), name="stop-watch")
             system = tasks.create_task(self._system_server_ended(), name="system-server-watch")
-            pulse = tasks.create_task(self.heartbeat.run(self._sign_of_life), name="heartbeat")
+            pulse = tasks.create_task(self.heartbeat.run(), name="heartbeat")
+            signs = tasks.create_task(self._give_signs_of_life(), name="signs-of-life")
             up = tasks.create_task(self._announce(started), name="announce")
 
             await asyncio.wait({api, died, stop, system}, return_when=asyncio.FIRST_COMPLETED)
             up.cancel()
             if not died.done():
-                self._begin_to_drain(server, "asked to stop" if stop.done() else "a part ended")
+                self._begin_to_drain(
+                    engine, server, "asked to stop" if stop.done() else "a part ended"
+                )
                 await asyncio.wait({api, died}, return_when=asyncio.FIRST_COMPLETED)
             cause = died.result() if died.done() else None
             if cause is not None:
                 self._give_up(server, cause)
                 await asyncio.wait({api})
-            for task in (died, stop, system, pulse):
+            for task in (died, stop, system, pulse, signs):
                 task.cancel()
         if cause is not None:
             raise EngineDiedError(cause)
@@ -264,9 +272,10 @@ class Worker:
         self.lifecycle.enter_phase("")
         self.lifecycle.to(State.READY)
 
-    def _begin_to_drain(self, server: uvicorn.Server, reason: str) -> None:
+    def _begin_to_drain(self, engine: Engine, server: uvicorn.Server, reason: str) -> None:
         self.lifecycle.to(State.DRAINING, reason)
-        self._end_by_force_after(self._config.drain_seconds, EXIT_STOPPED)
+        engine.cut_off_after(self._config.drain_seconds)
+        self._end_by_force_after(self._config.drain_seconds, EXIT_INTERNAL, "internal")
         server.should_exit = True
 
     def _give_up(self, server: uvicorn.Server, cause: str) -> None:
@@ -274,17 +283,17 @@ class Worker:
         self.lifecycle.to(State.DEAD, cause)
         if self._record is not None:
             self._record.end("engine_dead")
-        self._end_by_force_after(ERROR_FLUSH_SECONDS, EXIT_ENGINE_DIED)
+        self._end_by_force_after(ERROR_FLUSH_SECONDS, EXIT_ENGINE_DIED, "engine_dead")
         server.config.timeout_graceful_shutdown = ERROR_FLUSH_SECONDS
         server.should_exit = True
 
-    def _end_by_force_after(self, seconds: float, code: int) -> None:
-        """Whatever hangs on the way out, the process ends, and its children with it."""
+    def _end_by_force_after(self, seconds: float, code: int, reason: str) -> None:
+        """Whatever hangs on the way out, the process ends, and what it started with it."""
 
         def end() -> None:
             log.critical("the way out hangs; ending by force", extra={"exit_code": code})
-            end_descendants(grace_seconds=0.0)
-            os._exit(code)
+            self._clean_up(reason)
+            self._leave(code)
 
         timer = threading.Timer(seconds + ENGINE_STOP_SECONDS + EXIT_MARGIN_SECONDS, end)
         timer.daemon = True
@@ -297,8 +306,8 @@ class Worker:
         yield
         self.metrics.startup_phase_seconds.labels(name).set(time.monotonic() - began)
 
-    async def _note_model_load(self, engine: Engine) -> None:
-        seconds = await engine.model_load_seconds()
+    def _note_model_load(self, engine: Engine) -> None:
+        seconds = engine.model_load_seconds()
         if seconds is not None:
             self.metrics.startup_phase_seconds.labels("model_load").set(seconds)
             self.metrics.model_load_seconds.labels(engine.model_name).set(seconds)
@@ -307,11 +316,11 @@ class Worker:
         # Shielded: cancelling this task must not cancel the thread's own future.
         await asyncio.shield(asyncio.wrap_future(self.system_server.ended))
 
-    def _sign_of_life(self) -> None:
-        now = time.monotonic()
-        if self._record is not None and now - self._last_sign >= SIGN_OF_LIFE_SECONDS:
-            self._last_sign = now
-            self._record.alive()
+    async def _give_signs_of_life(self) -> None:
+        """Tell the next run until when this one lived. In a thread: a disk may hang."""
+        while self._record is not None:
+            await asyncio.to_thread(self._record.alive)
+            await asyncio.sleep(SIGN_OF_LIFE_SECONDS)
 
     def _engine_info(self) -> dict[str, Any] | None:
         return None if self._engine is None else dataclasses.asdict(self._engine.info())
@@ -327,15 +336,32 @@ class Worker:
     def _call_off_start(self, _number: int, _frame: object) -> None:
         """SIGTERM or SIGINT before the engine serves: nothing is in flight, so end here.
 
-        An exception out of a signal handler would end up in whatever import or constructor is
-        running, and not all of them let it pass.
+        In a thread: whatever import or constructor is running may hold a lock that the way out
+        needs, and not all of them would let an exception pass. A start that has failed already is
+        left to end as that.
         """
-        self.lifecycle.to(State.DRAINING, "asked to stop during start-up")
+        if self._calling_off is None and self.lifecycle.state is not State.DEAD:
+            self._calling_off = threading.Thread(target=self._call_off, name="stop", daemon=True)
+            self._calling_off.start()
+
+    def _call_off(self) -> None:
+        self._end_by_force_after(0.0, EXIT_INTERNAL, "internal")
+        with contextlib.suppress(InvalidTransition):  # it failed in this very moment
+            self.lifecycle.to(State.DRAINING, "asked to stop during start-up")
         self._clean_up("stopped")
+        self._leave(EXIT_STOPPED)
+
+    def _let_calling_off_end(self) -> None:
+        """Once a start is called off, that decides how the process ends."""
+        if self._calling_off is not None:
+            self._calling_off.join()
+
+    def _leave(self, code: int) -> None:
+        """End the process now, past the interpreter's own clean-up."""
         if self._multiprocess is not None:
             self._multiprocess.close()
         logging.shutdown()
-        os._exit(EXIT_STOPPED)
+        os._exit(code)
 
 
 def _versions() -> dict[str, Any]:

@@ -28,6 +28,8 @@ from llm_worker.errors import ConfigError
 ENV_PREFIX = "LLM_WORKER_"
 FLAG_PREFIX = "--worker-"
 TINY = "tiny"
+# vLLM's own options that begin like ours.
+THEIRS = frozenset({"--worker-cls", "--worker-extension-cls"})
 # Written by the worker itself for its child processes, not a setting.
 INTERNAL_ENV = frozenset({"LLM_WORKER_PARENT_PID"})
 
@@ -193,9 +195,9 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         kv_events=kv_events,
         kv_index=_kv_index(reader, kv_events, theirs),
         worker_id=reader.name("id"),
-        multiproc_dir=values["multiproc-dir"]
-        or environment.get("PROMETHEUS_MULTIPROC_DIR")
-        or None,
+        multiproc_dir=reader.multiproc_dir(
+            "multiproc-dir", environment.get("PROMETHEUS_MULTIPROC_DIR", "")
+        ),
         log_format=reader.choice("log-format", ("text", "json")),
         drain_seconds=reader.seconds("drain-seconds"),
         goodput=reader.goodput("goodput"),
@@ -277,6 +279,8 @@ def _split(
         spelled = flag.replace("_", "-")
         if spelled == "--check-config":
             check_only = True
+        elif spelled in THEIRS:
+            theirs.append(argument)
         elif spelled.startswith(FLAG_PREFIX) or spelled == "--dump-config-to":
             if not equals:
                 value = next(rest, "")
@@ -423,6 +427,12 @@ class _Reader:
             self.problem(name, f"cannot write to {path}: {error}")
             return None
         return path
+
+    def multiproc_dir(self, name: str, inherited: str) -> str | None:
+        text = self._values[name] or inherited
+        if text and text != "auto" and not Path(text).is_dir():
+            self.problem(name, f"{text} is not a directory: create it, or use auto")
+        return text or None
 
     def given(self, name: str) -> bool:
         return bool(self._values[name])

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -71,6 +72,9 @@ def parse_arguments(config: Config) -> Namespace:
         raise ConfigError(["vLLM refused its arguments (see above)"]) from error
     except (TypeError, ValueError) as error:
         raise ConfigError([f"vLLM refused its arguments: {error}"]) from error
+    if args.model_tag is not None:
+        fix = f"give --model {args.model_tag}, or the model before all options"
+        raise ConfigError([f"{args.model_tag!r} stands among the options: {fix}"])
     namespace: Namespace = args
     return namespace
 
@@ -198,15 +202,14 @@ class Engine:
         self._models = getattr(app.state, "openai_serving_models", None)
         config = uvicorn.Config(
             # Around the application: vLLM has closed its own list of middleware by now.
-            ledger.Refusals(app, self._metrics, self.model_name),
+            ledger.Refusals(app, self._metrics, self.model_name, self.is_dead),
             host=args.host,
             port=args.port,
             log_level=args.uvicorn_log_level,
             log_config=get_uvicorn_log_config(args) or uvicorn.config.LOGGING_CONFIG,
             access_log=not args.disable_uvicorn_access_log,
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            # uvicorn counts whole seconds; 0 would mean for ever
-            timeout_graceful_shutdown=max(1, round(drain_seconds)),
+            timeout_graceful_shutdown=drain_seconds,  # type: ignore[arg-type]  # fractions work
             ssl_keyfile=args.ssl_keyfile,
             ssl_certfile=args.ssl_certfile,
             ssl_ca_certs=args.ssl_ca_certs,
@@ -258,9 +261,9 @@ class Engine:
         async for _ in self._llm.generate(prompt, parameters, request_id=f"warm-up-{uuid4()}"):
             pass
 
-    async def model_load_seconds(self) -> float | None:
+    def model_load_seconds(self) -> float | None:
         """How long the slowest rank took to load the model; None where it cannot be known."""
-        return await startup.model_load_seconds(self._llm)
+        return startup.model_load_seconds(self._llm.vllm_config)
 
     @property
     def model_name(self) -> str:
@@ -345,6 +348,10 @@ class Engine:
         return bool(self._llm.errored) or bool(
             connection.wait([process.sentinel for process in self._processes], timeout=0)
         )
+
+    def cut_off_after(self, seconds: float) -> None:
+        """Have the ledger know that what is still in flight then is cut off, not given up."""
+        ledger.cut_off_at(time.monotonic() + seconds)
 
     async def died(self) -> str:
         """Wait until an engine process ends or vLLM gives the engine up; return what happened.

@@ -37,13 +37,12 @@ class Heartbeat:
         last = self._last
         return None if last is None else time.monotonic() - last
 
-    async def run(self, each_beat: Callable[[], None] = lambda: None) -> None:
+    async def run(self) -> None:
         """Beat until cancelled. A timer is the point here: it measures how late the loop is."""
         while True:
             due = time.monotonic() + HEARTBEAT_SECONDS
             self._last = time.monotonic()
             self._timestamp.set_to_current_time()
-            each_beat()
             await asyncio.sleep(HEARTBEAT_SECONDS)
             self._lag.observe(max(0.0, time.monotonic() - due))
 

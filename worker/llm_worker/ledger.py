@@ -34,11 +34,12 @@ log = logging.getLogger(__name__)
 
 _LOG_EVERY_SECONDS = 60.0
 
-# The routes on which a request is one for the model.
+# The routes on which a request is one for the model; tests/contract holds them to vLLM's.
 INFERENCE = frozenset(
     {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/chat/completions/batch",
         "/v1/responses",
         "/v1/messages",
         "/v1/embeddings",
@@ -47,7 +48,12 @@ INFERENCE = frozenset(
         "/v2/rerank",
         "/v1/audio/transcriptions",
         "/v1/audio/translations",
+        "/v1/systemone",
+        "/v2/embed",
+        "/cohere/v2/chat",
+        "/generative_scoring",
         "/inference/v1/generate",
+        "/invocations",
         "/pooling",
         "/classify",
         "/score",
@@ -62,6 +68,7 @@ class _Visit:
 
     reached_engine: bool = False
     status: int = 0  # 0 until the answer starts
+    rejection: str = ""  # by vLLM's admission control, and why
 
 
 _visit: ContextVar[_Visit | None] = ContextVar("llm_worker_visit", default=None)
@@ -82,6 +89,26 @@ def install_ledger(metrics: StatMetrics) -> None:
         original = getattr(AsyncLLM, name)
         if not hasattr(original, "_llm_worker_original"):
             setattr(AsyncLLM, name, _counted(original))
+
+
+def note_rejection(reason: str) -> None:
+    """Have the request that is served right now end as rejected for this reason.
+
+    vLLM asks its admission control before it hands a request over, and tells stat loggers the
+    reason; what it answers is a 503 like that of a broken server.
+    """
+    visit = _visit.get()
+    if visit is not None:
+        visit.rejection = reason
+
+
+def cut_off_at(moment: float) -> None:
+    """From this time.monotonic() on a request whose consumer goes was cut off by the drain."""
+    global _cut_off  # noqa: PLW0603  the process drains once, with all that it serves
+    _cut_off = moment
+
+
+_cut_off = float("inf")
 
 
 class _Ledger:
@@ -142,6 +169,8 @@ def _counted(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
             # A consumer may also stop right after the last output; then the request was served.
             if output is not None and output.finished:
                 ledger.end(end, "finished", finish_reason(output))
+            elif time.monotonic() >= _cut_off:
+                ledger.end(end, "errored", "drain_timeout")
             else:
                 ledger.end(end, "disconnected", "client")
             raise
@@ -189,13 +218,21 @@ class Refusals:
     """ASGI middleware of vLLM's API: requests that it refuses before they reach the engine.
 
     Bad JSON, an unknown model, a prompt that is too long: vLLM answers those itself, and the
-    wrapped ``generate`` never sees them. They are received and rejected all the same, under the
-    served model's name. A request without valid credentials (401, 403) is left to the HTTP metrics.
+    wrapped ``generate`` never sees them, nor those for which there is no room or no engine any
+    more. They are received and end all the same, under the served model's name. A request without
+    valid credentials (401, 403) is left to the HTTP metrics.
     """
 
-    def __init__(self, app: ASGIApp, metrics: StatMetrics, model_name: str) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: StatMetrics,
+        model_name: str,
+        engine_dead: Callable[[], bool],
+    ) -> None:
         self._app = app
         self._ledger = metrics.ledger(model_name)
+        self._engine_dead = engine_dead
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on, and look at how a refused request was answered."""
@@ -216,10 +253,14 @@ class Refusals:
             _visit.reset(token)
             if not visit.reached_engine and visit.status >= 400 and visit.status not in (401, 403):
                 self._ledger.receive()
-                if visit.status < 500:
-                    self._ledger.end("rejected", "invalid")
-                else:
-                    self._ledger.end("errored", "internal")
+                self._ledger.end(*self._ending(visit))
+
+    def _ending(self, visit: _Visit) -> tuple[str, str]:
+        if ("rejected", visit.rejection) in ENDINGS:
+            return "rejected", visit.rejection
+        if visit.status < 500:
+            return "rejected", "invalid"
+        return "errored", "engine_dead" if self._engine_dead() else "internal"
 
 
 class CaughtErrors:

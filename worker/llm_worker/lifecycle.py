@@ -9,14 +9,13 @@ from __future__ import annotations
 import enum
 import json
 import logging
-import os
 import socket
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_worker.metrics import Metrics
+from llm_worker.metrics import EXIT_REASONS, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +115,6 @@ class Lifecycle:
         )
 
 
-# Why a run ended: the closed set of the label `reason` of last_exit_timestamp_seconds.
-EXIT_REASONS = ("stopped", "engine_dead", "start_failed", "internal", "unclean")
-
-
 @dataclass(frozen=True, slots=True)
 class LastExit:
     """How the previous run of this worker ended."""
@@ -142,6 +137,7 @@ class ExitRecord:
         name = f"{socket.gethostname()}-{key}"
         self._exit_file = directory / f"{name}.exit.json"
         self._alive_file = directory / f"{name}.alive"
+        self._complained = False
 
     def begin(self) -> LastExit | None:
         """Read how the last run ended and mark this one as running; None for a first run."""
@@ -153,20 +149,30 @@ class ExitRecord:
         else:
             last = LastExit("unclean", last_sign)
         self._alive_file.touch()
-        os.utime(self._alive_file)
         return last
 
     def alive(self) -> None:
-        """Give a sign of life."""
-        os.utime(self._alive_file)
+        """Give a sign of life. Where it cannot be written, serving goes on without."""
+        try:
+            self._alive_file.touch()
+        except OSError as error:
+            self._cannot_write(error)
 
     def end(self, reason: str) -> None:
-        """Write down why this run ends, and take the marker away."""
+        """Write down why this run ends, and take the marker away; if that can be."""
         record = {"reason": reason, "timestamp": time.time()}
         temporary = self._exit_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-        temporary.replace(self._exit_file)
-        self._alive_file.unlink(missing_ok=True)
+        try:
+            temporary.write_text(json.dumps(record), encoding="utf-8")
+            temporary.replace(self._exit_file)
+            self._alive_file.unlink(missing_ok=True)
+        except OSError as error:
+            self._cannot_write(error)
+
+    def _cannot_write(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            log.warning("the next run will not know how this one ended: %s", error)
 
     def _read(self) -> LastExit | None:
         try:

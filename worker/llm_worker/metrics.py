@@ -30,11 +30,10 @@ STATES = (
     "restoring",
     "dead",
 )
-PHASES = ("import", "configure", "engine", "model_load", "warmup", "api", "total")
+# How a run can end; unclean: killed before it could say.
 EXIT_REASONS = ("stopped", "engine_dead", "start_failed", "unclean", "internal")
 OBJECTIVES = ("ttft", "tpot", "e2e")
 STAGES = ("scheduler", "iteration", "finished", "ledger")
-DROP_REASONS = ("duplicate", "invalid", "type_conflict")
 BATCH_PHASES = ("prefill", "decode")
 
 # How a request can end: (outcome, reason). Nothing else is ever counted.
@@ -49,6 +48,7 @@ ENDINGS = (
     ("rejected", "max_num_queued_tokens"),
     ("rejected", "invalid"),
     ("errored", "engine_dead"),
+    ("errored", "drain_timeout"),
     ("errored", "internal"),
 )
 
@@ -381,12 +381,6 @@ class Metrics(StatMetrics):
     def set_build(self, version: str, vllm_version: str) -> None:
         """Publish what runs here."""
         self.build_info.labels(version, vllm_version).set(1)
-
-    def declare_source(self, source: str) -> None:
-        """Initialise the exporter's metrics for one source of families."""
-        self.exporter_source_errors_total.labels(source)
-        for reason in DROP_REASONS:
-            self.exporter_families_dropped_total.labels(source, reason)
 
     def _declare_process(self) -> None:
         self.startup_phase_seconds = self._gauge(

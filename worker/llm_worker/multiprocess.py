@@ -37,8 +37,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
+from llm_worker.direct import collectors
+
 if TYPE_CHECKING:
-    from prometheus_client import Metric
+    from prometheus_client import CollectorRegistry, Metric
 
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 AUTO = "auto"
@@ -147,6 +149,21 @@ class MultiprocessDirectory:
                 f"cannot read {', '.join(damaged)}; shown without",
                 "stop the worker, empty the directory, start again",
             )
+
+
+class NotInFiles:
+    """A registry's collectors that keep no values of their own, and so none in the files."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """Their families."""
+        from prometheus_client.metrics import MetricWrapperBase
+
+        for collector in collectors(self._registry):
+            if not isinstance(collector, MetricWrapperBase):
+                yield from collector.collect()
 
 
 def prepare_multiprocess(setting: str | None) -> MultiprocessDirectory | None:

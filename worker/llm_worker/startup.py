@@ -109,23 +109,18 @@ def ranks(vllm_config: Any) -> Mapping[int, RankFacts]:
     return _reported.get(vllm_config.instance_id, {})
 
 
-def loaded_seconds(vllm_config: Any) -> float | None:
-    """Return the model load time of the slowest worker of all ranks; None if unknown."""
+def model_load_seconds(vllm_config: Any) -> float | None:
+    """Return how long the slowest worker took to build the model and load its weights.
+
+    None where it is unknown: the package is missing in the engine's processes, or ``VLLM_PLUGINS``
+    leaves it out.
+    """
     times = [
         facts.load_seconds
         for facts in ranks(vllm_config).values()
         if facts.load_seconds is not None
     ]
     return max(times, default=None)
-
-
-async def model_load_seconds(engine: Any) -> float | None:
-    """Return how long the slowest worker took to build the model and load its weights.
-
-    None where it is unknown: the package is missing in the engine's processes, or ``VLLM_PLUGINS``
-    leaves it out.
-    """
-    return loaded_seconds(engine.vllm_config)
 
 
 def _hook(owner: type, method: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
@@ -253,6 +248,26 @@ def _report(instance_id: str, payload: bytes) -> None:
     )
 
 
+def run_coordinator(*args: Any, **kwargs: Any) -> None:
+    """What vLLM's data-parallel coordinator runs, in a process that loads no plug-in by itself."""
+    end_with_parent()
+    run = _run_coordinator  # a fork inherited it
+    if run is None:
+        from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+        run = DPCoordinatorProc.run_coordinator
+    run(*args, **kwargs)
+
+
+_run_coordinator: Callable[..., None] | None = None  # vLLM's own
+
+
+def _end_coordinator(original: Callable[..., None]) -> Callable[..., None]:
+    global _run_coordinator  # noqa: PLW0603  a process is sent the function by its name
+    _run_coordinator = original
+    return run_coordinator
+
+
 _HOOKS: tuple[tuple[str, str, str, Callable[[Callable[..., Any]], Any]], ...] = (
     ("vllm.v1.worker.worker_base", "WorkerWrapperBase", "load_model", _time_load),
     ("vllm.v1.worker.worker_base", "WorkerWrapperBase", "initialize_from_config", _note_kv_bytes),
@@ -262,4 +277,5 @@ _HOOKS: tuple[tuple[str, str, str, Callable[[Callable[..., Any]], Any]], ...] = 
     ("vllm.v1.engine.core", "EngineCore", "reset_prefix_cache", truth.announce_reset),
     ("vllm.v1.engine.core", "EngineCore", truth.METHOD, truth.add),
     ("vllm.distributed.kv_events", "ZmqEventPublisher", "publish", truth.count_published),
+    ("vllm.v1.engine.coordinator", "DPCoordinatorProc", "run_coordinator", _end_coordinator),
 )

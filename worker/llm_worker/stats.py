@@ -20,9 +20,9 @@ from prometheus_client import REGISTRY
 from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from llm_worker import startup
+from llm_worker import ledger, startup
 from llm_worker.config import GoodputTargets, goodput_from_env
-from llm_worker.ledger import CaughtErrors, install_ledger
+from llm_worker.ledger import CaughtErrors
 from llm_worker.metrics import EngineMetrics, StatMetrics
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class StatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
         self._engine_indexes = tuple(engine_indexes)
         try:
             metrics.set_goodput_targets(targets)
-            if (seconds := startup.loaded_seconds(vllm_config)) is not None:
+            if (seconds := startup.model_load_seconds(vllm_config)) is not None:
                 metrics.model_load_seconds.labels(_model_name(vllm_config)).set(seconds)
             metrics.ledger(_model_name(vllm_config))
         except Exception as error:
@@ -178,7 +178,8 @@ class StatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
             self._errors.caught("scheduler", error)
 
     def record_admission_rejection(self, reason: str) -> None:
-        """Do nothing: the ledger counts each rejected request where it ends."""
+        """Tell the ledger why; it counts each rejected request where it ends."""
+        ledger.note_rejection(reason)
 
     def log_engine_initialized(self) -> None:
         """Log capacity and limits, once."""
@@ -234,7 +235,7 @@ class PluginStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
     @staticmethod
     def _start(vllm_config: Any, engine_indexes: Sequence[int]) -> StatLogger:
         metrics = _default_metrics()
-        install_ledger(metrics)
+        ledger.install_ledger(metrics)
         return StatLogger(vllm_config, engine_indexes, metrics, goodput_from_env())
 
     def record(
@@ -255,6 +256,8 @@ class PluginStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
 
     def record_admission_rejection(self, reason: str) -> None:
         """See ``StatLogger``."""
+        if self._inner is not None:
+            self._inner.record_admission_rejection(reason)
 
     def log_engine_initialized(self) -> None:
         """See ``StatLogger``."""

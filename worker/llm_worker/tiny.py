@@ -10,6 +10,7 @@ As a command: ``python -m llm_worker.tiny DIRECTORY``.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,18 @@ def make(directory: Path) -> Path:
         ("generation_config.json", generation_config),
         ("config.json", CONFIG),
     ):
-        path = directory / name
-        if not path.exists():
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if not (directory / name).exists():
+            _write(directory / name, json.dumps(content, indent=2) + "\n")
     if not (directory / "tokenizer.json").exists():
-        _tokenizer().save(str(directory / "tokenizer.json"))
+        _write(directory / "tokenizer.json", _tokenizer().to_str(pretty=True))
     return directory
+
+
+def _write(path: Path, text: str) -> None:
+    """Make a file, whole or not at all: another worker may be starting, or this one be killed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _tokenizer() -> Any:
