@@ -207,7 +207,9 @@ def shared_annotations(*, of_engines: bool) -> list[Json]:
     A restart is drawn where the new process started: the value is the time, in milliseconds.
     """
     scope = promql.ENGINE_TARGET if of_engines else promql.TARGET
-    started = f"{promql.series('process_start_time_seconds', scope=scope)} * 1000"
+    started = promql.aggregate(
+        "max", "process_start_time_seconds", by=("job", "instance"), scope=scope
+    )
     firing = 'ALERTS{alertstate="firing",severity=~"critical|warning"}'
     builtin = {
         "builtIn": 1,
@@ -220,7 +222,7 @@ def shared_annotations(*, of_engines: bool) -> list[Json]:
     }
     restarts = _annotation(
         "Restarts",
-        started,
+        f"{started} * 1000",
         color="orange",
         title="Process started",
         text="{{job}} {{instance}}",

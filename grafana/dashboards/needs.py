@@ -1,7 +1,8 @@
 """Which panels may be empty, and why: the feature, flag or event without which there is no series.
 
-Every other query returns data from an engine under load; the tests hold that. Short on purpose: a
-query that can return 0 instead of nothing does.
+Every other query returns data from an engine under load; the tests hold that, and for a feature
+they ask where it is on: a recording, and the demo. Short on purpose: a query that can return 0
+instead of nothing does.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ class Need:
 
     text: str  # for the panel's description
     recorded: str | None = None  # the fixture in which it is on, if one can be recorded on a CPU
+    demo: bool = False  # whether it is on in the demo with a fleet index (profiles demo, fleet)
 
 
 _SPECULATION = "speculative decoding (`--speculative-config`)."
 _LORA = "`--enable-lora`, and a request to an adapter."
 _CONNECTOR = "a KV connector (`--kv-transfer-config`)."
-_WORKER = Need("our worker.", "worker-kv")
+_WORKER = Need("our worker.", "worker-kv", demo=True)
 _KV_EVENTS = Need(
-    "KV events (`--worker-kv-events-port`), in our worker or in a fleet index.", "worker-kv"
+    "KV events (`--worker-kv-events-port`), in our worker or in a fleet index.",
+    "worker-kv",
+    demo=True,
 )
-_FLEET = Need("a fleet index (`python -m llm_worker.kv.service`).", "kv-index")
+_FLEET = Need("a fleet index (`python -m llm_worker.kv.service`).", "kv-index", demo=True)
 
 # (dashboard uid, panel title) -> why it may be empty.
 NEEDS: dict[tuple[str, str], Need] = {
@@ -67,10 +71,13 @@ NEEDS: dict[tuple[str, str], Need] = {
         "KV events, and a bound (`--worker-kv-max-blocks`, or the fleet index's `--max-blocks`).",
         "worker-kv",
     ),
-    ("vllm-kv-cache", "Match latency"): Need("KV events, and somebody who asks.", "worker-kv"),
+    ("vllm-kv-cache", "Match latency"): Need(
+        "KV events, and somebody who asks.", "worker-kv", demo=True
+    ),
     ("vllm-kv-cache", "Match requests, by outcome"): _KV_EVENTS,
     ("vllm-kv-cache", "Blocks, by worker"): _KV_EVENTS,
     ("vllm-kv-cache", "Audits, by outcome"): _KV_EVENTS,
+    # Not in the demo: only an engine that stands still is judged, and the load hardly pauses.
     ("vllm-kv-cache", "Drift"): Need(
         "KV events in our worker, and an audit's verdict.", "worker-kv"
     ),
@@ -90,6 +97,11 @@ ANNOTATIONS: dict[str, Need] = {"Firing alerts": Need("an alert that fires.")}
 # Families that carry neither job nor instance, and the reason why a selector may leave them out.
 UNSCOPED: dict[str, str] = {
     "ALERTS": "made by Prometheus' rules; what an alert is about differs from rule to rule",
+}
+
+# Families that the overview reads for every model, not only for the chosen one, and the reason.
+EVERY_MODEL: dict[str, str] = {
+    "up": "a target that is down tells no model, and must not be left out for that",
 }
 
 # Panels that read a counter without a rate, and the reason.

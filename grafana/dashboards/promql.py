@@ -1,7 +1,8 @@
 """PromQL building blocks: which series a panel may read, and the few shapes it reads them in.
 
 Owns every selector. A selector always carries the dashboard's ``job`` and ``instance`` variables;
-what cannot (alerts of Prometheus itself) is in ``needs.UNSCOPED`` with a reason.
+what cannot (alerts of Prometheus itself) is in ``needs.UNSCOPED`` with a reason. Families without a
+model follow ``model_name`` by their server's.
 
 Written for vLLM 0.32: counters end in ``_total``, ``le`` has Prometheus 3's form (``"1.0"``), and
 a ratio divides sums, never averages ratios.
@@ -22,12 +23,26 @@ ENGINE_TARGET = f"{TARGET},{ENGINE_JOBS}"
 MODEL = f'{TARGET},model_name=~"$model_name"'
 ENGINE = f'{MODEL},engine=~"$engine"'
 
+# The servers of models that were not chosen; none with All. A vLLM server has one model, and this
+# gauge from its first scrape on.
+OTHER_MODELS = f'vllm:num_requests_running{{{TARGET},model_name!~"$model_name"}}'
+
 BY_ENGINE = ("instance", "model_name", "engine")
 
 
 def series(metric: str, *matchers: str, scope: str = ENGINE) -> str:
     """Return ``metric`` with the scope's matchers and more of them."""
     return f"{metric}{{{','.join((scope, *matchers))}}}"
+
+
+def of_model(vector: str, scope: str) -> str:
+    """Return ``vector``, without the servers of other models if its families carry no model.
+
+    A server that tells no model yet, because it is loading, stays.
+    """
+    if not scope.startswith(ENGINE_TARGET):
+        return vector
+    return f"{vector} unless on (job, instance) {OTHER_MODELS}"
 
 
 def by_clause(by: tuple[str, ...]) -> str:
@@ -39,13 +54,14 @@ def aggregate(
     how: str, metric: str, *matchers: str, by: tuple[str, ...] = (), scope: str = ENGINE
 ) -> str:
     """Return a gauge, aggregated over everything but ``by``."""
-    return f"{how} {by_clause(by)}({series(metric, *matchers, scope=scope)})"
+    selected = of_model(series(metric, *matchers, scope=scope), scope)
+    return f"{how} {by_clause(by)}({selected})"
 
 
 def rate(metric: str, *matchers: str, by: tuple[str, ...] = (), scope: str = ENGINE) -> str:
     """Return a counter's increase per second, summed over everything but ``by``."""
-    selected = series(metric, *matchers, scope=scope)
-    return f"sum {by_clause(by)}(rate({selected}[{WINDOW}]))"
+    per_second = f"rate({series(metric, *matchers, scope=scope)}[{WINDOW}])"
+    return f"sum {by_clause(by)}({of_model(per_second, scope)})"
 
 
 def ratio(part: str, whole: str) -> str:

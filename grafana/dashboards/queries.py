@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from . import catalog, needs, normalize
+from .needs import Need
 from .panels import Json
 
 # All of everything, in windows that fit a young Prometheus.
@@ -37,7 +38,7 @@ class PanelQuery:
     ref_id: str
     expr: str  # without Grafana's variables
     instant: bool
-    needs: str | None  # why it may be empty, or None: it must return data under load
+    needs: Need | None  # why it may be empty, or None: it must return data under load
 
 
 def substitute(expr: str, values: Mapping[str, str] = VALUES) -> str:
@@ -65,7 +66,6 @@ def panel_queries(values: Mapping[str, str] | None = None) -> list[PanelQuery]:
     for uid, build in catalog.BUILDERS.items():
         dashboard = normalize.normalize(build())
         for panel in panels(dashboard):
-            need = needs.NEEDS.get((uid, panel["title"]))
             for target in panel["targets"]:
                 result.append(
                     PanelQuery(
@@ -74,13 +74,12 @@ def panel_queries(values: Mapping[str, str] | None = None) -> list[PanelQuery]:
                         target["refId"],
                         substitute(target["expr"], filled),
                         target["instant"],
-                        need.text if need else None,
+                        needs.NEEDS.get((uid, panel["title"])),
                     )
                 )
         for annotation in dashboard["annotations"]["list"]:
             if "expr" not in annotation:
                 continue
-            need = needs.ANNOTATIONS.get(annotation["name"])
             result.append(
                 PanelQuery(
                     uid,
@@ -88,7 +87,7 @@ def panel_queries(values: Mapping[str, str] | None = None) -> list[PanelQuery]:
                     annotation["target"]["refId"],
                     substitute(annotation["expr"], filled),
                     False,
-                    need.text if need else None,
+                    needs.ANNOTATIONS.get(annotation["name"]),
                 )
             )
     return result

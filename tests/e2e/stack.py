@@ -9,6 +9,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
+import shlex
 import subprocess
 import threading
 import time
@@ -22,21 +24,8 @@ from testcontainers.compose import DockerCompose
 
 T = TypeVar("T")
 POLL_SECONDS = 1.0
-# Runs inside the worker's container, where the engine belongs to the same user.
-KILL_ENGINE = """
-import os, pathlib, signal
-killed = 0
-for process in pathlib.Path("/proc").iterdir():
-    if process.name.isdigit():
-        try:
-            title = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(b"VLLM::EngineCore"):
-            os.kill(int(process.name), signal.SIGKILL)
-            killed += 1
-raise SystemExit(killed != 1)
-"""
+# The README's command that kills the engine.
+KILL_ENGINE = re.compile(r"`docker compose exec (worker-cpu python3 -c .+)`")
 
 
 class Receiver:
@@ -128,8 +117,11 @@ class Stack:
         subprocess.run(command, cwd=self.compose.context, capture_output=True, check=True)
 
     def kill_engine(self) -> float:
-        """SIGKILL the worker's engine process; return when."""
-        self.compose.exec_in_container(["python3", "-c", KILL_ENGINE], "worker-cpu")
+        """SIGKILL the worker's engine process, by the README's own command; return when."""
+        readme = Path(self.compose.context) / "README.md"
+        (command,) = KILL_ENGINE.findall(readme.read_text(encoding="utf-8"))
+        service, *program = shlex.split(command)
+        self.compose.exec_in_container(program, service)
         return time.time()
 
 

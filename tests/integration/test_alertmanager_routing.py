@@ -387,8 +387,7 @@ class Stack:
         self.webhook, self.slack, self.watchdog = Server(), Server(), Server()
         self.plain, self.worker = Server(), Server()
         self.mailbox = Mailbox()
-        self.prometheus = f"127.0.0.1:{free_ports(1)[0]}"
-        self.alertmanager = f"127.0.0.1:{free_ports(1)[0]}"
+        self.prometheus, self.alertmanager = (f"127.0.0.1:{port}" for port in free_ports(2))
         for name in ("prometheus", "alertmanager"):
             shutil.copytree(ROOT / name, home / name)
         files = [home / "prometheus" / "prometheus.yml", home / "alertmanager" / "alertmanager.yml"]

@@ -34,6 +34,15 @@ FIXTURES = Path(__file__).parent / "fixtures"
 # Fixture directories, and their jobs here.
 KINDS = ("vllm", "vllm-features", "worker", "worker-kv", "kv-index")
 TARGETS_PER_KIND = 2
+# Jobs that replay the recording of plain vLLM, rewritten: a server of another model, and one that
+# is loading and tells no model yet.
+RECORDED_MODEL, OTHER_MODEL = "tiny", "other"
+REWRITTEN: dict[str, Callable[[bytes], bytes]] = {
+    "vllm-other": lambda page: page.replace(
+        f'model_name="{RECORDED_MODEL}"'.encode(), f'model_name="{OTHER_MODEL}"'.encode()
+    ),
+    "vllm-loading": lambda page: re.sub(rb"(?m)^(# \w+ )?vllm:.*\n", b"", page),
+}
 SCRAPES_PER_PAGE = 3
 WAIT_SECONDS = 60.0
 
@@ -58,10 +67,13 @@ ALERTMANAGER_CONFIG = "{route: {receiver: nobody}, receivers: [{name: nobody}]}\
 
 
 class Replay:
-    """One recording on one port; the page turns every few scrapes and stays on the last one."""
+    """One recording on one port; the page turns every few scrapes and stays on the last one.
 
-    def __init__(self, directory: Path) -> None:
-        self.pages = [path.read_bytes() for path in sorted(directory.glob("*.prom"))]
+    ``rewrite`` changes each page before it is served.
+    """
+
+    def __init__(self, directory: Path, rewrite: Callable[[bytes], bytes] = bytes) -> None:
+        self.pages = [rewrite(path.read_bytes()) for path in sorted(directory.glob("*.prom"))]
         self.scrapes = 0
         replay = self
 
@@ -171,12 +183,14 @@ def recorded(kind: str) -> bool:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has read every recording to its end, and an Alertmanager beside it."""
     directory = tmp_path_factory.mktemp("prometheus")
-    own, alertmanager, cluster = (f"127.0.0.1:{free_ports(1)[0]}" for _ in range(3))
+    own, alertmanager, cluster = (f"127.0.0.1:{port}" for port in free_ports(3))
     replays = {
         kind: [Replay(FIXTURES / kind) for _ in range(TARGETS_PER_KIND)]
         for kind in KINDS
         if recorded(kind)
     }
+    for job, rewrite in REWRITTEN.items():
+        replays[job] = [Replay(FIXTURES / "vllm", rewrite)]
     rules = directory / "rules.yml"
     rules.write_text(RULES)
     config = PROMETHEUS_CONFIG.format(rules=rules, prometheus=own, alertmanager=alertmanager)
@@ -335,6 +349,46 @@ def test_every_query_about_the_monitoring_itself_returns_data(prometheus: Promet
         query
         for query in all_queries(".+")
         if query.dashboard == "vllm-monitoring-self" and query.needs is None
+    ]
+    assert complaints(prometheus, asked) == []
+
+
+def drawn_jobs(server: Prometheus, panel: str, model_name: str) -> set[str]:
+    """Return the jobs whose servers a panel of the overview draws for a model."""
+    job = "|".join(["vllm", *REWRITTEN])
+    asked = [
+        query
+        for query in queries.panel_queries({"job": job, "model_name": model_name})
+        if query.dashboard == "vllm-overview" and query.panel == panel
+    ]
+    assert asked
+    addresses = {
+        series["metric"]["instance"]
+        for query in asked
+        for series in server.get("/api/v1/query", query=query.expr)["result"]
+    }
+    known = server.get("/api/v1/query", query="up")["result"]
+    return {up["metric"]["job"] for up in known if up["metric"]["instance"] in addresses}
+
+
+@pytest.mark.parametrize("panel", ["Memory", "CPU", "Scrape duration", "annotation: Restarts"])
+def test_choosing_a_model_leaves_out_the_servers_of_other_models(
+    prometheus: Prometheus, panel: str
+) -> None:
+    """Families without a model follow their server's; who tells none yet is never left out."""
+    assert drawn_jobs(prometheus, panel, ".+") == {"vllm", "vllm-other", "vllm-loading"}
+    assert drawn_jobs(prometheus, panel, RECORDED_MODEL) == {"vllm", "vllm-loading"}
+    assert drawn_jobs(prometheus, panel, OTHER_MODEL) == {"vllm-other", "vllm-loading"}
+
+
+def test_every_overview_query_returns_data_for_a_model_beside_others(
+    prometheus: Prometheus,
+) -> None:
+    """The model that is chosen is not left out with the others, in rates and quotients neither."""
+    asked = [
+        query
+        for query in queries.panel_queries({"job": "vllm|vllm-other", "model_name": OTHER_MODEL})
+        if query.dashboard == "vllm-overview" and query.needs is None
     ]
     assert complaints(prometheus, asked) == []
 

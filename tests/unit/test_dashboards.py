@@ -22,7 +22,7 @@ import pytest
 import yaml
 from grafanalib._gen import DashboardEncoder
 
-from dashboards import catalog, needs, normalize, overview, panels, queries, units
+from dashboards import catalog, needs, normalize, overview, panels, promql, queries, units
 
 Json = dict[str, Any]
 
@@ -259,6 +259,18 @@ def test_every_need_belongs_to_a_panel_that_names_it() -> None:
     assert needs.ANNOTATIONS.keys() <= drawn
 
 
+def test_a_feature_of_the_demo_is_also_recorded() -> None:
+    """What the end-to-end test asks of the demo is tested without Docker, too, and little is not.
+
+    The others need an event, or an option that the demo is not started with.
+    """
+    fixtures = ROOT / "tests" / "integration" / "fixtures"
+    for where, need in needs.NEEDS.items():
+        assert need.recorded or not need.demo, where
+        assert need.recorded is None or any((fixtures / need.recorded).glob("*.prom")), where
+    assert len([where for where, need in needs.NEEDS.items() if not need.demo]) < 10
+
+
 @pytest.mark.parametrize(("chinese", "title"), SEED_PANELS.items())
 def test_the_overview_holds_the_nine_panels_of_the_first_readme(chinese: str, title: str) -> None:
     """Who knows the project from its first README finds every panel under its name."""
@@ -315,6 +327,23 @@ def test_every_selector_follows_job_and_instance() -> None:
                 assert f'{label}=~"${label}"' in matchers, (uid, panel, metric)
             # "=" with a variable breaks as soon as two values, or All, are chosen.
             assert not re.search(r'\w="\$', matchers), (uid, panel, metric)
+
+
+def test_every_query_of_the_overview_follows_the_model() -> None:
+    """Choosing one model leaves no server of another one in any panel.
+
+    Each selector asks for the model itself, or leaves out the servers that tell another one.
+    """
+    left_out = f" unless on (job, instance) {promql.OTHER_MODELS}"
+    for uid, panel, expr in EXPRESSIONS:
+        if uid != "vllm-overview":
+            continue
+        for selector in selectors(expr):
+            if selector[1] in {**needs.UNSCOPED, **needs.EVERY_MODEL}:
+                continue
+            follows = re.search(r'model_name[=!]~"\$model_name"', selector[2]) is not None
+            after = expr[selector.end() :].removeprefix(")")  # of rate()
+            assert follows or after.startswith(left_out), (panel, selector[1])
 
 
 BARE_WORDS = frozenset(

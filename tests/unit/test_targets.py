@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-COMMAND = Path(__file__).resolve().parents[2] / "scripts" / "targets"
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ROOT / "scripts" / "targets"
+PROMETHEUS = ROOT / "prometheus"
 
 VLLM_PAGE = b"""# HELP vllm:num_requests_running Requests.
 # TYPE vllm:num_requests_running gauge
@@ -118,6 +120,45 @@ def test_what_was_added_is_listed_and_can_be_removed_by_address_or_name(tmp_path
     assert "no targets" in run(tmp_path, "list").stdout
 
 
+def alert(name: str) -> str:
+    """The expression of an alert of the shipped rules."""
+    rules = yaml.safe_load((PROMETHEUS / "rules" / "availability.yml").read_text(encoding="utf-8"))
+    (expr,) = (r["expr"] for g in rules["groups"] for r in g["rules"] if r.get("alert") == name)
+    return str(expr)
+
+
+def test_removing_one_of_several_targets_names_the_alert_that_follows(tmp_path: Path) -> None:
+    """A target that somebody wrote by hand counts, too: the job is not gone."""
+    (tmp_path / "mine.yml").write_text("- targets: [a:1]\n", encoding="utf-8")
+    for address in ("b:2", "c:3"):
+        assert run(tmp_path, "add", address).returncode == 0
+    for address in ("b:2", "c:3"):
+        done = run(tmp_path, "remove", address)
+        assert done.returncode == 0
+        assert done.stderr.splitlines() == [
+            "note: alert TargetsMissing (warning) fires for up to 30 minutes"
+        ]
+    assert "[30m]" in alert("TargetsMissing")
+
+
+def test_removing_the_last_target_names_the_page_that_follows_and_how_to_silence_it(
+    tmp_path: Path,
+) -> None:
+    """As its runbook does. A commented example is no target."""
+    (tmp_path / "example.yml").write_text("# - targets: [a:1]\n", encoding="utf-8")
+    assert run(tmp_path, "add", "b:2", "--name", "bee").returncode == 0
+    done = run(tmp_path, "remove", "bee")
+    assert (done.returncode, done.stdout) == (0, "removed b:2\n")
+    first, second = done.stderr.splitlines()
+    assert "TargetGone (critical) fires for up to an hour" in first
+    assert "[1h]" in alert("TargetGone")
+    place, silence = second.split(" or by: ")
+    runbook = (PROMETHEUS / "runbooks" / "TargetGone.md").read_text(encoding="utf-8")
+    assert f"<{place}>" in runbook
+    assert f"`{silence}`" in runbook
+    assert silence.endswith("alertname=TargetGone job=vllm")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -198,7 +239,7 @@ def test_hand_written_files_are_seen_and_never_changed(tmp_path: Path, text: str
 
 def test_an_address_in_a_comment_or_a_label_is_not_a_target(tmp_path: Path) -> None:
     """The shipped example is all comments; it must not stand in the way of what it shows."""
-    example = COMMAND.parent.parent / "prometheus" / "targets" / "example.yml"
+    example = PROMETHEUS / "targets" / "example.yml"
     (tmp_path / "example.yml").write_text(example.read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "mine.yml").write_text(
         "- targets: [a:1]\n  labels:\n    team: gpu-box-2.example.com:8000\n", encoding="utf-8"
