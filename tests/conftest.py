@@ -61,6 +61,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "prometheus": functools.cache(_binaries("prometheus", "promtool")),
     "alertmanager": functools.cache(_binaries("amtool", "prometheus-alertmanager")),
     "nats": functools.cache(_nats),
+    "busybox": functools.cache(_binaries("busybox")),  # the shell of the official images
     "docker": functools.cache(_docker),
     "gpu": functools.cache(_gpu),
 }

@@ -53,11 +53,7 @@ CHANNELS = {
 }
 SHELLS = [
     pytest.param(["sh"], id="sh"),
-    pytest.param(
-        ["busybox", "sh"],
-        id="busybox",
-        marks=pytest.mark.skipif(shutil.which("busybox") is None, reason="no busybox here"),
-    ),
+    pytest.param(["busybox", "sh"], id="busybox", marks=pytest.mark.needs("busybox")),
 ]
 
 
