@@ -1,4 +1,7 @@
-"""A real nats-server with JetStream as a subprocess: on a free port, killed and started again."""
+"""A real nats-server with JetStream as a subprocess: on a free port, killed and started again.
+
+And a proxy before one, which can say things in its name.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sysconfig
+import threading
 import time
 from pathlib import Path
 
@@ -78,3 +82,84 @@ class NatsServer:
         if process is not None:
             process.send_signal(how)
             process.wait(timeout=10)
+
+
+class Proxy:
+    """Passes on what a server and its clients say to each other."""
+
+    def __init__(self, server: NatsServer) -> None:
+        self._server = ("127.0.0.1", server.port)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"nats://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.connections = 0  # so far
+        self._open: list[_Pair] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def report(self, error: str) -> None:
+        """Tell every client of an error as the server does, and hang up as it does."""
+        pairs, self._open = self._open, []
+        for pair in pairs:
+            pair.end(f"-ERR '{error}'\r\n".encode())
+
+    def close(self) -> None:
+        """Take no more clients, and hang up."""
+        self._listening.close()
+        for pair in self._open:
+            pair.end()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listening.accept()
+                try:
+                    server = socket.create_connection(self._server)
+                except OSError:
+                    client.close()
+                    continue
+                self._open.append(_Pair(client, server))
+                self.connections += 1
+
+
+class _Pair:
+    """One client's connection."""
+
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self._client, self._server = client, server
+        self._between = threading.Condition()  # two messages to the client
+        self._whole = True
+        self._over = False
+        threading.Thread(target=self._up, daemon=True).start()
+        threading.Thread(target=self._down, daemon=True).start()
+
+    def end(self, last_words: bytes = b"") -> None:
+        """Hang up on both, between two messages."""
+        with self._between:
+            self._between.wait_for(lambda: self._whole, timeout=5)
+            self._over = True
+            with contextlib.suppress(OSError):
+                self._client.sendall(last_words)
+                self._client.shutdown(socket.SHUT_WR)
+                self._server.shutdown(socket.SHUT_RDWR)
+
+    def _hang_up(self) -> None:
+        for each in (self._client, self._server):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _up(self) -> None:
+        with contextlib.suppress(OSError):
+            while part := self._client.recv(1 << 16):
+                if not self._over:  # else what it says is lost, and the last words are not
+                    self._server.sendall(part)
+        self._hang_up()
+
+    def _down(self) -> None:
+        with contextlib.suppress(OSError):
+            while part := self._server.recv(1 << 16):
+                with self._between:
+                    self._client.sendall(part)
+                    self._whole = part.endswith(b"\r\n")
+                    self._between.notify_all()
+        if not self._over:
+            self._hang_up()

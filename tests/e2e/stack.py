@@ -14,9 +14,10 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import httpx
@@ -146,8 +147,18 @@ def until(what: str, timeout_seconds: float, ask: Callable[[], T | None]) -> T:
         time.sleep(POLL_SECONDS)
 
 
-def start(root: Path, scratch: Path, ports: dict[str, int]) -> Stack:
-    """Build and start the stack of ``root``'s compose file with the profiles demo and fleet."""
+def start(
+    root: Path,
+    scratch: Path,
+    ports: dict[str, int],
+    *,
+    services: tuple[str, ...] = (),
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Stack:
+    """Build and start the stack of ``root``'s compose file with the profiles demo and fleet.
+
+    ``services`` are those to start, without any all of them; ``settings`` override the file's.
+    """
     receiver = Receiver()
     secrets = scratch / "secrets"
     secrets.mkdir()
@@ -155,25 +166,32 @@ def start(root: Path, scratch: Path, ports: dict[str, int]) -> Stack:
     hook = secrets / "webhook_url"
     hook.write_text(f"http://host.docker.internal:{receiver.port}/\n", encoding="utf-8")
     hook.chmod(0o644)
-    settings = {
+    values = {
         "COMPOSE_PROJECT_NAME": f"llm-worker-e2e-{os.getpid()}",
         "COMPOSE_PROFILES": "demo,fleet",
         "WORKER_CPU_IMAGE": "llm-worker-test/worker-cpu:e2e",
         "KV_INDEX_IMAGE": "llm-worker-test/kv-index:e2e",
         "ALERTMANAGER_SECRETS": str(secrets),
         **{name: str(port) for name, port in ports.items()},
+        **settings,
     }
     env_file = scratch / "e2e.env"
-    lines = [f"{name}={value}" for name, value in settings.items()]
+    lines = [f"{name}={value}" for name, value in values.items()]
     env_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     env_files = [root / ".env", *images(root), env_file]
     compose = DockerCompose(
-        root, build=True, quiet_build=True, env_file=[str(path) for path in env_files]
+        root,
+        build=True,
+        quiet_build=True,
+        env_file=[str(path) for path in env_files],
+        services=list(services),
     )
     try:
         compose.start()
+        compose.services = None  # all that is there ends, and its network
     except subprocess.CalledProcessError as error:
         logs = "\n".join(compose.get_logs())
+        compose.services = None
         compose.stop()
         receiver.close()
         raise AssertionError(f"{error.stderr.decode(errors='replace')}\n{logs[-6000:]}") from error

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import httpx
+import nats.js.errors
 import pytest
 
-from kv_fleet import Worker, same, until
-from llm_worker.kv import nats_source
-from llm_worker.kv.index import Index
+from kv_fleet import BLOCK_SIZE, Worker, same, until
+from llm_worker.kv import nats_plane, nats_source
+from llm_worker.kv.events import BlockStored, Event, Hash
+from llm_worker.kv.index import Index, Source
 from llm_worker.kv.nats_plane import NatsPlane
 from llm_worker.kv.nats_source import NatsSource
-from nats_process import NatsServer
-from worker_process import free_ports
+from nats_process import NatsServer, Proxy
+from worker_process import WorkerProcess, free_ports
 
 pytestmark = [pytest.mark.needs("nats"), pytest.mark.timeout(90)]
 T = TypeVar("T")
@@ -36,6 +43,14 @@ def server(tmp_path: Path) -> Iterator[NatsServer]:
     running.start()
     yield running
     running.kill()
+
+
+@pytest.fixture
+def proxy(server: NatsServer) -> Iterator[Proxy]:
+    """Another way to the server, on which it can be made to report an error."""
+    made = Proxy(server)
+    yield made
+    made.close()
 
 
 class Fleet:
@@ -69,12 +84,12 @@ def worker(server: NatsServer) -> Iterator[Worker]:
 
 
 @pytest.fixture
-def fleets(server: NatsServer) -> Iterator[Callable[[], Fleet]]:
+def fleets(server: NatsServer) -> Iterator[Callable[..., Fleet]]:
     """Makes fleets that end with the test."""
     made: list[Fleet] = []
 
-    def make() -> Fleet:
-        made.append(Fleet(server.url))
+    def make(url: str = server.url) -> Fleet:
+        made.append(Fleet(url))
         return made[-1]
 
     yield make
@@ -94,7 +109,7 @@ def plane(worker: Worker, url: str, **options: float) -> NatsPlane:
 
 
 def test_a_fleet_that_comes_late_holds_what_the_worker_holds(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """Blocks from before it came, second copies of blocks, and everything since."""
     mine = plane(worker, server.url)
@@ -116,10 +131,16 @@ def test_a_fleet_that_comes_late_holds_what_the_worker_holds(
 
 
 def test_a_killed_server_costs_nothing_that_fits_into_the_buffer(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer,
+    worker: Worker,
+    fleets: Callable[..., Fleet],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGKILL while batches are on their way: all arrive, once, and no snapshot is needed."""
-    mine = plane(worker, server.url)
+    # A busy machine takes its time, and a reader that waits in vain takes a snapshot.
+    monkeypatch.setattr(nats_source, "_LATE_SECONDS", 60.0)
+    monkeypatch.setattr(nats_source, "_TAIL_SECONDS", 60.0)
+    mine = plane(worker, server.url, buffer_batches=1_000_000)
     fleet = fleets()
     worker.store(20)
     until("the fleet to be the same", lambda: same(worker, fleet.index))
@@ -141,7 +162,8 @@ def test_a_killed_server_costs_nothing_that_fits_into_the_buffer(
     finally:
         stop.set()
         traffic.join()
-    until("the fleet to be the same again", lambda: same(worker, fleet.index))
+    until("the fleet to be the same again", lambda: same(worker, fleet.index), 60)
+    until("all acknowledged", lambda: not mine.stats.buffered_batches)
     (listener,) = fleet.source.listeners()
 
     assert mine.stats.reconnects >= 1
@@ -153,7 +175,7 @@ def test_a_killed_server_costs_nothing_that_fits_into_the_buffer(
 
 
 def test_an_outage_longer_than_the_buffer_is_counted_and_healed_by_a_snapshot(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """Receivers see the hole in the numbers, whatever else is dropped."""
     mine = plane(worker, server.url, buffer_batches=100)
@@ -171,12 +193,13 @@ def test_an_outage_longer_than_the_buffer_is_counted_and_healed_by_a_snapshot(
     (listener,) = fleet.source.listeners()
 
     assert listener.gaps["gap"] >= 1
+    assert listener.replays["aged_out"] == listener.gaps["gap"]
     assert 0 < listener.batches_lost <= dropped
     assert mine.stats.snapshots_served == 2
 
 
 def test_a_server_that_comes_back_empty_is_filled_again(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """Another stream under the same name: the planes' numbers say that nothing is missing."""
     plane(worker, server.url)
@@ -198,7 +221,7 @@ def test_a_server_that_comes_back_empty_is_filled_again(
 def test_a_tail_that_the_server_lost_is_missed_without_another_batch(
     server: NatsServer,
     worker: Worker,
-    fleets: Callable[[], Fleet],
+    fleets: Callable[..., Fleet],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The worker says how far it is; a fleet that stays behind takes a snapshot."""
@@ -220,7 +243,7 @@ def test_a_tail_that_the_server_lost_is_missed_without_another_batch(
 
 
 def test_a_full_disk_is_counted_and_the_fleet_recovers_when_there_is_room(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """The server refuses the stream: the plane says so, keeps what fits, and counts the rest."""
     server.stop()
@@ -239,8 +262,195 @@ def test_a_full_disk_is_counted_and_the_fleet_recovers_when_there_is_room(
     until("the plane to be up", lambda: mine.stats.up)
 
 
+def test_a_disk_that_fills_up_costs_what_does_not_fit_into_the_buffer(
+    server: NatsServer,
+    worker: Worker,
+    fleets: Callable[..., Fleet],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever took the room: the plane says so, readers doubt, and both recover when it is free."""
+    monkeypatch.setattr(nats_plane, "_ACKNOWLEDGE_SECONDS", 1.0)
+    server.stop()
+    server.configure(max_file_store="4MB")
+    server.start()
+    mine = plane(worker, server.url, buffer_batches=50, max_bytes=1 << 20)
+    fleet = fleets()
+    worker.store(20)
+    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    until("all stored", lambda: mine.stats.acknowledged_batches == 20)
+    asyncio.run(fill(server.url))
+    worker.store(200)
+    until("the plane to say so", lambda: not mine.stats.up)
+    until("the fleet to doubt", lambda: "upstream" in fleet.index.sources()[0].stale)
+    dropped = mine.stats.dropped["buffer_full"]
+    assert mine.stats.buffered_batches in (50, 51)  # the newest one is kept always
+    assert dropped + mine.stats.buffered_batches == 200
+    assert mine.stats.acknowledged_batches == 20
+    asyncio.run(empty(server.url))
+    until("the plane to be up", lambda: mine.stats.up)
+    until("the fleet to be the same again", lambda: same(worker, fleet.index))
+    until("all acknowledged", lambda: not mine.stats.buffered_batches)
+
+    assert mine.stats.acknowledged_batches == mine.stats.published_batches == 220 - dropped
+    assert mine.stats.dropped["buffer_full"] == dropped
+    assert mine.stats.snapshots_served > 1
+
+
+async def fill(url: str) -> None:
+    """Store somebody else's messages until the server takes no more."""
+    client = await nats.connect(url)
+    stream = client.jetstream()
+    await stream.add_stream(name="OTHER", subjects=["other"])
+    with pytest.raises(nats.js.errors.ServiceUnavailableError):
+        while True:
+            await stream.publish("other", b"." * 100_000)
+    await client.close()
+
+
+async def empty(url: str) -> None:
+    """Delete those messages."""
+    client = await nats.connect(url)
+    await client.jetstream().purge_stream("OTHER")
+    await client.close()
+
+
+def test_an_error_that_the_server_reports_costs_the_plane_a_connection(
+    server: NatsServer, proxy: Proxy, worker: Worker, fleets: Callable[..., Fleet]
+) -> None:
+    """``-ERR`` ends a client for good: another one stores what came since, and answers requests."""
+    mine = plane(worker, proxy.url)
+    first = fleets()
+    worker.store(20)
+    until("the fleet to be the same", lambda: same(worker, first.index))
+    for number in (1, 2):
+        proxy.report("Maximum Connections Exceeded")
+        worker.store(20)
+        until("another connection", lambda number=number: mine.stats.reconnects == number)  # type: ignore[misc]
+        until("the fleet to be the same again", lambda: same(worker, first.index))
+    second = fleets()
+    until("a new fleet to be the same", lambda: same(worker, second.index))
+    until("all acknowledged", lambda: mine.stats.acknowledged_batches == 60)
+
+    assert mine.stats.up
+    assert proxy.connections == 3
+    assert not +mine.stats.dropped
+
+
+def test_an_error_that_the_server_reports_costs_the_fleet_a_connection(
+    server: NatsServer,
+    proxy: Proxy,
+    worker: Worker,
+    fleets: Callable[..., Fleet],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It reads on where it was over another one, even if it waited for somebody's answer."""
+    monkeypatch.setattr(nats_source, "_TAIL_SECONDS", 60.0)
+    mine = plane(worker, server.url)
+    stuck, runs = Worker("stuck"), threading.Event()
+    runs.set()
+    stuck.plane = NatsPlane(
+        server.url,
+        sources=lambda: stuck.index.sources() if runs.wait() else [],
+        at_rest=stuck.at_rest,
+    )
+    stuck.store()
+    until("its stream", lambda: stuck.plane.stats.acknowledged_batches == 1)  # type: ignore[union-attr]
+    runs.clear()
+    try:
+        fleet = fleets(proxy.url)
+        worker.store(20)
+        until("the fleet to be the same", lambda: same(worker, fleet.index))
+        (listener,) = fleet.source.listeners()
+        for number in (1, 2, 3):
+            proxy.report("Maximum Connections Exceeded")
+            worker.store(20)
+            until("another connection", lambda number=number: listener.reconnects == number)  # type: ignore[misc]
+            until("the fleet to be the same again", lambda: same(worker, fleet.index))
+    finally:
+        runs.set()
+        stuck.plane.close()
+
+    assert fleet.source.alive
+    assert listener.batches_lost == 0
+    assert mine.stats.snapshots_served == 1
+
+
+def test_a_plane_that_broke_answers_again(
+    server: NatsServer,
+    worker: Worker,
+    fleets: Callable[..., Fleet],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What its last connection had does not count for the next one."""
+    mine = plane(worker, server.url)
+    worker.store(20)
+    until("all stored", lambda: mine.stats.acknowledged_batches == 20)
+    store = NatsPlane._store
+
+    async def break_once(*_: object) -> list[Any]:
+        monkeypatch.setattr(NatsPlane, "_store", store)
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(NatsPlane, "_store", break_once)
+    worker.store(20)
+    until("all stored again", lambda: mine.stats.acknowledged_batches == 40)
+    fleet = fleets()
+    until("a new fleet to be the same", lambda: same(worker, fleet.index))
+
+    assert mine.stats.reconnects == 1
+    assert mine.stats.snapshots_served == 1
+    assert not +mine.stats.dropped
+
+
+def test_what_breaks_the_index_costs_a_reader_that_batch(
+    server: NatsServer,
+    worker: Worker,
+    fleets: Callable[..., Fleet],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is counted, the same reader goes on, and a snapshot that does not break it decides."""
+    plane(worker, server.url)
+    fleet = fleets()
+    worker.store(20)
+    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    (listener,) = fleet.source.listeners()
+    (held,) = fleet.index.sources()
+    apply, poison = Source.apply, 1 << 62
+
+    def break_at_poison(source: Source, events: Sequence[Event]) -> None:
+        if source is held and any(poison in getattr(event, "hashes", ()) for event in events):
+            raise LookupError("a bug")
+        apply(source, events)
+
+    monkeypatch.setattr(Source, "apply", break_at_poison)
+    fleet.hold.clear()  # so that all of these come together
+    before = worker.store(2)
+    worker.do(BlockStored(hashes=[poison], block_size=BLOCK_SIZE))
+    behind = worker.store(2)
+    applied: set[Hash] = set()
+    take = nats_source._Follower._take_snapshot
+
+    async def look_first(follower: Any) -> bool:
+        applied.update(held.hashes())
+        return await take(follower)
+
+    monkeypatch.setattr(nats_source._Follower, "_take_snapshot", look_first)
+    fleet.hold.set()
+    until("a broken batch and two broken snapshots", lambda: listener.crashes >= 3)
+    assert "undecodable" in held.stale
+    assert applied >= {*before, *behind}
+    assert listener.batches_lost == 1
+    monkeypatch.setattr(Source, "apply", apply)
+    until("the fleet to be the same again", lambda: same(worker, fleet.index))
+    worker.store(5)
+    until("and to go on", lambda: same(worker, fleet.index))
+
+    assert fleet.source.listeners() == [listener]
+    assert fleet.source.listeners()[0] is listener
+
+
 def test_a_slow_consumer_that_the_stream_outran_is_healed(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """The stream drops its oldest while nobody reads; the hole is seen and a snapshot fills it."""
     mine = plane(worker, server.url, max_bytes=16 << 10)
@@ -258,7 +468,7 @@ def test_a_slow_consumer_that_the_stream_outran_is_healed(
 
 
 def test_a_restarted_worker_begins_anew(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """Its new epoch clears what its predecessor held, though both are in one stream."""
     plane(worker, server.url, epoch=1_000_000)
@@ -276,7 +486,7 @@ def test_a_restarted_worker_begins_anew(
 
 
 def test_two_workers_with_one_name_are_found_out(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """Neither can be told from the other, so neither is trusted."""
     plane(worker, server.url)
@@ -294,7 +504,7 @@ def test_two_workers_with_one_name_are_found_out(
 
 
 def test_a_batch_beyond_the_servers_limit_is_counted_and_healed(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """A payload of more than a megabyte cannot be sent; its blocks arrive by snapshot."""
     mine = plane(worker, server.url)
@@ -306,10 +516,12 @@ def test_a_batch_beyond_the_servers_limit_is_counted_and_healed(
     until("the fleet to be the same again", lambda: same(worker, fleet.index))
 
     assert mine.stats.dropped["too_large"] == 1
+    until("the others to be acknowledged", lambda: mine.stats.acknowledged_batches == 6)
+    assert mine.stats.published_batches == 6
 
 
 def test_a_worker_that_cannot_tell_its_blocks_is_read_from_the_beginning(
-    server: NatsServer, worker: Worker, fleets: Callable[[], Fleet]
+    server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
     """The stream has everything since the worker's start, and the sequence numbers prove it."""
 
@@ -328,3 +540,92 @@ def test_a_worker_that_cannot_tell_its_blocks_is_read_from_the_beginning(
 
     assert listener.batches_replayed == 701
     assert listener.batches_lost == 0
+
+
+def test_a_reading_from_the_beginning_that_is_interrupted_is_taken_up(
+    server: NatsServer,
+    proxy: Proxy,
+    worker: Worker,
+    fleets: Callable[..., Fleet],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was read before the connection broke is not read twice, and nothing waits for ever."""
+    monkeypatch.setattr(nats_source, "_FETCH_MESSAGES", 50)
+    busy = threading.Event()
+    busy.set()
+
+    def at_rest(ask: Callable[[], T]) -> T:
+        if busy.is_set():
+            raise TimeoutError
+        return worker.at_rest(ask)
+
+    worker.plane = mine = NatsPlane(server.url, sources=worker.index.sources, at_rest=at_rest)
+    worker.store(400)
+    until("all stored", lambda: mine.stats.acknowledged_batches == 400)
+    feed = nats_source._Follower._feed
+
+    async def break_off(follower: Any, messages: Any, **how: bool) -> None:
+        await feed(follower, messages, **how)
+        monkeypatch.setattr(nats_source._Follower, "_feed", feed)
+        busy.clear()
+        proxy.report("Maximum Connections Exceeded")
+
+    monkeypatch.setattr(nats_source._Follower, "_feed", break_off)
+    fleet = fleets(proxy.url)
+    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    (listener,) = fleet.source.listeners()
+
+    assert proxy.connections == 2
+    assert listener.batches_replayed == 400
+    assert listener.batches_lost == 0
+
+
+@pytest.mark.needs("vllm")
+@pytest.mark.timeout(500)
+def test_a_workers_blocks_reach_a_fleet_service(server: NatsServer, tmp_path: Path) -> None:
+    """Engine → worker → NATS → fleet, each a process as it is shipped: trusted, the same blocks."""
+    events, replay, port = free_ports(3)
+    worker = WorkerProcess(
+        tmp_path / "worker.log",
+        (
+            "--worker-kv-events-port", str(events), "--worker-kv-replay-port", str(replay),
+            "--worker-kv-plane", server.url, "--worker-id", "one",
+        ),
+    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "llm_worker.kv.service", "--source", server.url,
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    with (tmp_path / "fleet.log").open("wb") as log:
+        fleet = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def there() -> dict[str, Any]:
+        assert fleet.poll() is None, (tmp_path / "fleet.log").read_text()
+        return dict(httpx.get(f"http://127.0.0.1:{port}/kv/status", timeout=10).json())
+
+    def hashes(url: str) -> set[Any]:
+        lines = httpx.get(f"{url}/kv/dump", timeout=10).text.splitlines()
+        return {value for line in lines for value in json.loads(line).get("hashes", ())}
+
+    def agreed() -> bool:
+        held = hashes(worker.system)
+        return bool(held) and there()["ok"] and hashes(f"http://127.0.0.1:{port}") == held
+
+    try:
+        worker.wait_until_ready()
+        for number in range(5):
+            worker.complete(prompt=f"Story {number}. " + "Once upon a time. " * 40, max_tokens=8)
+        until("the fleet to hold the worker's blocks", agreed, 60)
+        status = worker.get("/kv/status").json()
+        (mine,), (theirs,) = status["planes"], there()["sources"]
+    finally:
+        worker.close()
+        fleet.terminate()
+        code = fleet.wait(30)
+
+    assert (mine["plane"], mine["up"]) == ("nats", True)
+    assert mine["acknowledged_batches"] == mine["published_batches"] > 0
+    assert not any(mine["dropped_batches"].values())
+    assert theirs["blocks"] == status["sources"][0]["blocks"]
+    assert (theirs["worker"], theirs["connected"], theirs["batches"]["lost"]) == ("one", True, 0)
+    assert code == 0

@@ -158,6 +158,7 @@ def test_a_client_that_reads_nothing_loses_its_answers(
                 got += 1
         assert 0 < got < 3000
         assert events.stats.replays_served == 0
+        assert events.stats.requests_refused == {"stalled": 1}
         ask(dealer, 2999)
         assert len(answer(dealer)) == 1
 
@@ -180,7 +181,7 @@ def test_what_is_no_request_is_refused_and_counted(
     with EventSocket(LOCAL, LOCAL, context=context) as events:
         dealer = connect(zmq.DEALER, events.replay_endpoint)
         dealer.send_multipart(frames)
-        eventually(lambda: events.stats.requests_refused == 1)
+        eventually(lambda: events.stats.requests_refused == {"malformed": 1})
         ask(dealer, 0)
         assert answer(dealer) == []
 
@@ -195,7 +196,7 @@ def test_too_many_requests_of_one_client_are_refused(
         dealer = connect(zmq.DEALER, events.replay_endpoint, high_water_mark=5)
         for _ in range(20):
             ask(dealer, 0)
-        eventually(lambda: events.stats.requests_refused == 12)
+        eventually(lambda: events.stats.requests_refused == {"too_many": 12})
 
 
 def test_a_snapshot_is_given_as_it_is_read_and_a_broken_one_has_no_end(
@@ -215,6 +216,7 @@ def test_a_snapshot_is_given_as_it_is_read_and_a_broken_one_has_no_end(
         ask(dealer, SNAPSHOT, b"kv")
         assert dealer.recv_multipart()[2:] == [(41).to_bytes(8, "big"), b"clear"]
         assert not dealer.poll(300)
+        assert events.stats.requests_refused == {"failed": 1}
         broken = False
         ask(dealer, SNAPSHOT, b"kv")
         assert answer(dealer) == [(b"kv", 41, b"clear"), (b"kv", 41, b"blocks")]

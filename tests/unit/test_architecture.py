@@ -47,8 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.poller": {"kv.events", "kv.publisher", "kv.trtllm"},
     "kv.topics": {"kv.events", "kv.index"},
     "kv.plane": {"kv.events", "kv.index", "kv.stats", "kv.topics", "kv.transport"},
-    "kv.nats_plane": {"kv.events", "kv.index", "kv.stats", "kv.topics"},
-    "kv.nats_source": {"kv.index", "kv.nats_plane", "kv.stats", "kv.stream", "kv.topics"},
+    "kv.nats_connection": set(),
+    "kv.nats_plane": {"kv.events", "kv.index", "kv.nats_connection", "kv.stats", "kv.topics"},
+    "kv.nats_source": {
+        "kv.index", "kv.nats_connection", "kv.nats_plane", "kv.stats", "kv.stream", "kv.topics",
+    },
     "kv.routes": {"kv.events", "kv.index", "kv.stats"},
     "kv.metrics": {"kv.index", "kv.stats"},
     "kv.worker": {

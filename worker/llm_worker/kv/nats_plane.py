@@ -17,9 +17,8 @@ import logging
 import random
 import secrets
 import threading
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -32,6 +31,7 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 
 from llm_worker.kv import topics
 from llm_worker.kv.events import Event
+from llm_worker.kv.nats_connection import RETRY_SECONDS, TROUBLE, stay_connected, wait
 from llm_worker.kv.stats import PlaneStats
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ END_HEADER = "Kv-End"  # complete, or failed
 
 _WINDOW_BATCHES = 512  # on their way at once
 _ACKNOWLEDGE_SECONDS = 5.0
-_RETRY_SECONDS = (0.1, 5.0)  # first, longest
 _DUPLICATES_SECONDS = 120.0  # how long the server remembers message ids
 _HEADERS_BYTES = 512
 _FREEZE_SECONDS = 10.0
@@ -83,6 +82,18 @@ def without_credentials(url: str) -> str:
     """The URL as it may be shown."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}:{parts.port or 4222}"
+
+
+class _Connection:
+    """One client that is connected, and what holds for as long as it is."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.stream: JetStreamContext = client.jetstream(
+            timeout=_ACKNOWLEDGE_SECONDS, publish_async_max_pending=4000
+        )
+        self.streams: set[str] = set()  # workers whose stream is there
+        self.served: set[str] = set()  # workers whose requests are answered
 
 
 class NatsPlane:
@@ -128,16 +139,13 @@ class NatsPlane:
         self._bytes = 0
         self._on_the_way = 0
         self._positions: dict[str, int] = {}  # worker -> of the last message stored
-        self._streams: set[str] = set()  # workers whose stream is there
-        self._served: set[str] = set()  # workers whose requests are answered
-        self._complaint = ""
+        self._complaints: set[str] = set()  # logged since it was up
         self._closing = False
         self._window: list[_Item] = []  # on the way
-        self._waiting: list[asyncio.Future[Any]] = []  # for their acknowledgements
+        self._connections = 0
         self._main: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
-        self._connected = asyncio.Event()
         self._idle = threading.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="kv-nats", daemon=True)
@@ -222,90 +230,83 @@ class NatsPlane:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        while not self._closing:
-            self._main = self._loop.create_task(self._live(), name="kv-nats")
-            try:
-                self._loop.run_until_complete(self._main)
-            except asyncio.CancelledError:
-                break
-            except Exception:  # a bug of ours, or of the client's: what is buffered still has to go
-                self.stats.up = False
-                logger.exception("the NATS plane broke; it starts again")
-                time.sleep(_RETRY_SECONDS[1])
+        self._main = self._loop.create_task(self._stay(), name="kv-nats")
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._main)
 
-    async def _live(self) -> None:
-        client = Client()
-        try:
-            await self._connect(client)
-            await self._send_forever(client)
-        finally:
-            await quietly(client.close())
+    async def _stay(self) -> None:
+        await stay_connected(
+            self._url,
+            "llm-worker-kv-plane",
+            self._live,
+            failed=lambda error: self._complain("connection", error),
+            ended=self._ended,
+        )
 
-    async def _connect(self, client: Client) -> None:
-        async def lost() -> None:
-            self.stats.up = False
-            self._connected.clear()
-            for future in self._waiting:  # their answers are lost with the connection
-                future.cancel()
-
-        async def back() -> None:
-            self.stats.reconnects += 1
-            self._streams.clear()  # the server may be another one
-            self._connected.set()
-            self._wake.set()
-
-        async def failed(error: Exception) -> None:
+    async def _ended(self, error: Exception) -> None:
+        if isinstance(error, TROUBLE):
             self._complain("connection", error)
+        else:  # a bug of ours, or of the client's: what is buffered still has to go
+            self.stats.up = False
+            logger.exception("the NATS plane broke; it starts again")
 
-        await connect(client, self._url, "llm-worker-kv-plane", failed=failed, lost=lost, back=back)
-        self._connected.set()
+    async def _live(self, client: Client) -> None:
+        """Answer and send over one connection."""
+        connection = _Connection(client)
+        self._connections += 1
+        self.stats.reconnects = self._connections - 1
         for source in self._sources():
-            await self._serve(client, source.worker)
+            await self._serve(connection, source.worker)
+        await self._send_forever(connection)
 
-    async def _send_forever(self, client: Client) -> None:
-        stream = client.jetstream(timeout=_ACKNOWLEDGE_SECONDS, publish_async_max_pending=4000)
-        shortest, longest = _RETRY_SECONDS
+    async def _send_forever(self, connection: _Connection) -> None:
+        shortest, longest = RETRY_SECONDS
         pause = shortest
         while True:
             self._wake.clear()
-            if not self._window:
+            fresh = not self._window
+            if fresh:
                 self._window = self._take()
-                self.stats.published_batches += len(self._window)
             if not self._window:
-                await self._show_up(client, stream)
-                await _wait(self._wake, _SHOW_UP_SECONDS)
+                await self._show_up(connection)
+                await wait(self._wake, _SHOW_UP_SECONDS)
                 continue
-            await self._connected.wait()
-            sent = self._without_too_large(self._window, client.max_payload - _HEADERS_BYTES)
-            self._window = await self._store(client, stream, sent)
+            # Anew each time: another connection may carry less.
+            limit = connection.client.max_payload - _HEADERS_BYTES
+            self._window = self._without_too_large(self._window, limit)
             self._settle(len(self._window))
-            if len(self._window) < len(sent):
+            if fresh:
+                self.stats.published_batches += len(self._window)
+            sent = len(self._window)
+            self._window = await self._store(connection, self._window)
+            self._settle(len(self._window))
+            if len(self._window) < sent:
                 pause = shortest
             if self._window:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
                 pause = min(pause * 2, longest)
 
-    async def _show_up(self, client: Client, stream: JetStreamContext) -> None:
+    async def _show_up(self, connection: _Connection) -> None:
         """Have the streams of all workers that are known, before their first batch."""
+        if not self.stats.up:  # whether the trouble is over, only looking tells
+            connection.streams.clear()
         for worker in {source.worker for source in self._sources()}:
-            await self._prepare(client, stream, worker)
+            await self._prepare(connection, worker)
 
     def _without_too_large(self, window: list[_Item], limit: int) -> list[_Item]:
         fitting = [item for item in window if len(item.payload) <= limit]
         self.stats.dropped["too_large"] += len(window) - len(fitting)
         return fitting
 
-    async def _store(
-        self, client: Client, stream: JetStreamContext, window: list[_Item]
-    ) -> list[_Item]:
+    async def _store(self, connection: _Connection, window: list[_Item]) -> list[_Item]:
         """Publish all, in order, and return what was not acknowledged."""
         for worker in {item.worker for item in window}:
-            if not await self._prepare(client, stream, worker):
+            if not await self._prepare(connection, worker):
                 return window
         waiting: list[tuple[_Item, asyncio.Future[Any]]] = []
         try:
             for item in window:
-                future = await stream.publish_async(
+                future = await connection.stream.publish_async(
                     item.subject,
                     item.payload,
                     wait_stall=_ACKNOWLEDGE_SECONDS,
@@ -315,9 +316,8 @@ class NatsPlane:
         except (nats.errors.Error, OSError) as error:
             self._complain("publish", error)
         if waiting:
-            self._waiting = [future for _, future in waiting]
-            await asyncio.wait(self._waiting, timeout=_ACKNOWLEDGE_SECONDS)
-            self._waiting = []
+            futures = [future for _, future in waiting]
+            await asyncio.wait(futures, timeout=_ACKNOWLEDGE_SECONDS)
         stored = set()
         for item, future in waiting:
             if not future.done() or future.cancelled():
@@ -326,7 +326,7 @@ class NatsPlane:
             elif refusal := future.exception():
                 self._complain("publish", refusal)
                 if isinstance(refusal, nats.js.errors.NoStreamResponseError):
-                    self._streams.discard(item.worker)
+                    connection.streams.discard(item.worker)
             else:
                 stored.add(item)
                 position = future.result().seq
@@ -336,9 +336,9 @@ class NatsPlane:
             self._be_up()
         return [item for item in window if item not in stored]
 
-    async def _prepare(self, client: Client, stream: JetStreamContext, worker: str) -> bool:
+    async def _prepare(self, connection: _Connection, worker: str) -> bool:
         """Have the worker's stream and answer requests for it; whether that is so."""
-        if worker in self._streams:
+        if worker in connection.streams:
             return True
         config = StreamConfig(
             name=stream_name(worker),
@@ -353,35 +353,36 @@ class NatsPlane:
             metadata={"worker": worker},
         )
         try:
-            await self._serve(client, worker)
-            state = (await _have_stream(stream, config)).state
-        except (nats.errors.Error, OSError, TimeoutError) as error:
+            await self._serve(connection, worker)
+            state = (await _have_stream(connection.stream, config)).state
+        except TROUBLE as error:
             self._complain("stream", error)
             return False
         self._positions[worker] = state.last_seq
-        self._streams.add(worker)
+        connection.streams.add(worker)
         self._be_up()
         return True
 
     def _be_up(self) -> None:
         if not self.stats.up:
             self.stats.up = True
-            self._complaint = ""
+            self._complaints.clear()
             logger.info("KV events go to %s", without_credentials(self._url))
 
     def _complain(self, what: str, error: BaseException) -> None:
         """Once for each new kind of trouble."""
         self.stats.up = False
         complaint = f"{what}: {type(error).__name__}: {error}"
-        if complaint != self._complaint:
-            self._complaint = complaint
+        if complaint not in self._complaints:
+            self._complaints.add(complaint)
             logger.warning("the NATS plane has trouble: %s", complaint)
 
     # --- requests ---------------------------------------------------------------------------------
 
-    async def _serve(self, client: Client, worker: str) -> None:
-        if worker in self._served:
+    async def _serve(self, connection: _Connection, worker: str) -> None:
+        if worker in connection.served:
             return
+        client = connection.client
 
         async def asked(message: Msg) -> None:
             how = "complete"
@@ -389,16 +390,19 @@ class NatsPlane:
                 await self._answer(client, worker, message)
             except Exception as error:  # the index's thread is busy, or broke; or the server went
                 logger.warning("a request for KV blocks was not answered: %r", error)
+                self.stats.requests_refused["failed"] += 1
                 how = "failed"
             end = {END_HEADER: how, INSTANCE_HEADER: self.instance}
             await client.publish(message.reply, b"", headers=end)
 
         await client.subscribe(request_subject(worker), cb=asked)
-        self._served.add(worker)
+        connection.served.add(worker)
 
     async def _answer(self, client: Client, worker: str, message: Msg) -> None:
         if message.data == b"status":
-            for status in topics.statuses(self._of(worker), self.instance):
+            # While nothing is stored, readers miss the news and their numbers look well.
+            doubts = () if self.stats.up else ("plane_down",)
+            for status in topics.statuses(self._of(worker), self.instance, *doubts):
                 await client.publish(
                     message.reply,
                     topics.encode_status(status),
@@ -446,38 +450,3 @@ async def _have_stream(stream: JetStreamContext, config: StreamConfig) -> Stream
     if (have.max_age, have.max_bytes) != (config.max_age, config.max_bytes):
         return await stream.update_stream(config)
     return found
-
-
-async def connect(
-    client: Client,
-    url: str,
-    name: str,
-    *,
-    failed: Callable[[Exception], Awaitable[None]],
-    lost: Callable[[], Awaitable[None]],
-    back: Callable[[], Awaitable[None]],
-) -> None:
-    """Connect, now or whenever the server comes, and again whenever it went."""
-    await client.connect(
-        url,
-        name=name,
-        error_cb=failed,
-        disconnected_cb=lost,
-        reconnected_cb=back,
-        max_reconnect_attempts=-1,
-        reconnect_time_wait=1,
-        connect_timeout=2,
-        ping_interval=10,
-        max_outstanding_pings=2,
-    )
-
-
-async def quietly(end: Coroutine[Any, Any, None]) -> None:
-    """Close within a second; there is nothing to be done if that fails."""
-    with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-        await asyncio.wait_for(end, 1)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)

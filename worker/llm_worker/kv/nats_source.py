@@ -1,7 +1,7 @@
 """The receiving side of the NATS plane: JetStream streams of many workers into one index.
 
 Finds the workers' streams, takes a snapshot from each worker, and reads on from there. It keeps its
-own place in each stream, so after an outage, of the server or of itself, it goes on where it was;
+own place in each stream, so after an outage of the server it goes on where it was;
 the planes' sequence numbers prove that nothing is missing, and what is missing is healed by another
 snapshot, or marked. The accounting is `stream.Stream`'s, as for ZMQ.
 
@@ -16,7 +16,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import NamedTuple
@@ -31,8 +31,9 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from llm_worker.kv import nats_plane, topics
 from llm_worker.kv.index import Index
+from llm_worker.kv.nats_connection import TROUBLE, cancelled, stay_connected
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.stream import Ask, Stream
+from llm_worker.kv.stream import ATTEMPTS, Ask, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,6 @@ _SNAPSHOT_SECONDS = 15.0  # without a piece of it
 _LATE_SECONDS = 1.0  # for what was stored out of order
 _TAIL_SECONDS = 6.0  # behind what the worker has sent, without progress
 _SNAPSHOT_PAUSE_SECONDS = 5.0
-_TROUBLE = (nats.errors.Error, OSError, TimeoutError)
 
 
 class _Piece(NamedTuple):
@@ -80,7 +80,7 @@ class NatsSource:
         self.instances: dict[str, set[str]] = {}  # worker -> who answered for it last
         self._followers: dict[str, _Follower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._complaint = ""
+        self._complaints: set[str] = set()  # logged since it connected
         self._main: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kv-nats-source", daemon=True)
@@ -113,10 +113,10 @@ class NatsSource:
         self._loop.call_soon_threadsafe(self._forget, worker)
 
     def complain(self, what: str, error: BaseException) -> None:
-        """Log each new kind of trouble once."""
+        """Log each kind of trouble once for a connection."""
         complaint = f"{what}: {type(error).__name__}: {error}"
-        if complaint != self._complaint:
-            self._complaint = complaint
+        if complaint not in self._complaints:
+            self._complaints.add(complaint)
             logger.warning("reading KV events from NATS: %s", complaint)
 
     def _cancel(self) -> None:
@@ -133,58 +133,49 @@ class NatsSource:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        while True:
-            self._main = self._loop.create_task(self._live(), name="kv-nats-source")
-            try:
-                self._loop.run_until_complete(self._main)
-            except asyncio.CancelledError:
-                break
-            except Exception:  # a bug of ours, or of the client's
-                logger.exception("reading KV events from NATS broke; it starts again")
-                time.sleep(DISCOVER_SECONDS)
+        self._main = self._loop.create_task(self._stay(), name="kv-nats-source")
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._main)
         self._loop.close()
 
-    async def _live(self) -> None:
-        client = Client()
+    async def _stay(self) -> None:
+        await stay_connected(
+            self.url,
+            "llm-worker-kv-source",
+            self._live,
+            failed=lambda error: self.complain("connection", error),
+            ended=self._ended,
+        )
+
+    async def _ended(self, error: Exception) -> None:
+        if isinstance(error, TROUBLE):
+            self.complain("connection", error)
+        else:  # a bug of ours, or of the client's
+            logger.exception("reading KV events from NATS broke; it starts again")
+        marks = (follower.disconnected() for follower in self._followers.values())
+        # Where the index's thread is busy for too long they come all the same, only later.
+        await asyncio.gather(*marks, return_exceptions=True)
+
+    async def _live(self, client: Client) -> None:
+        """Follow all workers over one connection."""
+        self.connected = True
+        self._complaints.clear()
         try:
-            await self._connect(client)
             while True:
                 try:
                     await self._discover(client)
-                except _TROUBLE as error:
+                except TROUBLE as error:
+                    if client.is_closed:
+                        raise
                     self.complain("looking for streams", error)
                 await asyncio.sleep(DISCOVER_SECONDS)
         finally:
             self.connected = False
-            tasks = list(self._tasks.values())
-            for worker in list(self._tasks):
-                self._forget(worker)
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await nats_plane.quietly(client.close())
-
-    async def _connect(self, client: Client) -> None:
-        async def lost() -> None:
-            self.connected = False
-            for follower in self._followers.values():
-                await follower.disconnected()
-
-        async def back() -> None:
-            self.connected = True
-            for follower in self._followers.values():
-                follower.reconnected()
-
-        async def failed(error: Exception) -> None:
-            self.complain("connection", error)
-
-        await nats_plane.connect(
-            client, self.url, "llm-worker-kv-source", failed=failed, lost=lost, back=back
-        )
-        self.connected = True
+            tasks, self._tasks = self._tasks, {}
+            await cancelled(tasks.values())
 
     async def _discover(self, client: Client) -> None:
         """Follow workers that have a stream and answer."""
-        if not client.is_connected:
-            return
         stream = client.jetstream(timeout=_REQUEST_SECONDS)
         offset = 0
         while page := await stream.streams_info(offset):
@@ -198,8 +189,10 @@ class NatsSource:
                     continue
                 task = self._tasks.get(worker)
                 if task is None and await request(client, worker, b"status"):
-                    follower = self._followers[worker] = _Follower(self, client, worker)
-                    self._tasks[worker] = asyncio.create_task(follower.follow(), name=worker)
+                    follower = self._followers.get(worker)
+                    if follower is None:
+                        follower = self._followers[worker] = _Follower(self, worker)
+                    self._tasks[worker] = asyncio.create_task(follower.follow(client), name=worker)
                 elif task is not None and task.done():
                     error = None if task.cancelled() else task.exception()
                     logger.error("following %s ended: %r", worker, error)
@@ -246,20 +239,22 @@ async def request(
             if name is not None and sequence is not None and position is not None:
                 pieces.append(_Piece(*name, sequence, position, instance, message.data))
     finally:
-        await subscription.unsubscribe()
+        with contextlib.suppress(*TROUBLE):  # the connection is gone: nothing comes any more
+            await subscription.unsubscribe()
 
 
 class _Follower:
-    """One worker's stream, read in order."""
+    """One worker's stream, read in order; over one connection after the other."""
 
-    def __init__(self, owner: NatsSource, client: Client, worker: str) -> None:
+    _client: Client  # the present connection's
+
+    def __init__(self, owner: NatsSource, worker: str) -> None:
         self.streams: dict[int, Stream] = {}
         self._owner = owner
-        self._client = client
         self._worker = worker
+        self._synchronised = False  # it has begun: from here on the place counts
         self._place = 0  # of the last message read
         self._alone = False  # the worker answers, and is one
-        self._consumer_lost = False
         self._created: datetime | None = None  # the stream
         # rank -> the number that it waits for though it was sent, and since when (monotonic)
         self._behind: dict[int, tuple[int | None, float]] = {}
@@ -269,44 +264,41 @@ class _Follower:
         self._snapshot_after = 0.0
         self._waiting: dict[int, tuple[Ask, float]] = {}  # rank -> asked for what is late, when
 
-    async def follow(self) -> None:
-        """Read for ever."""
-        stream = self._client.jetstream(timeout=_REQUEST_SECONDS)
-        synchronised = False
-        while True:
+    async def follow(self, client: Client) -> None:
+        """Read as long as the connection lasts, from where the last one's reading ended."""
+        self._client = client
+        self._checked = 0.0
+        self._alone = False
+        self._behind.clear()
+        self._waiting.clear()
+        for each in self.streams.values():
+            each.stats.reconnects += 1
+        stream = client.jetstream(timeout=_REQUEST_SECONDS)
+        while not client.is_closed:
             try:
-                if not synchronised:
-                    if not await self._take_snapshot():
+                if not self._synchronised:
+                    begun = any(each.ask is not None for each in self.streams.values())
+                    if begun or not await self._take_snapshot():
                         await self._from_the_beginning(stream)
-                    synchronised = True
+                    self._synchronised = True
                 await self._read(stream)
-            except (_LostPlaceError, *_TROUBLE) as error:
-                if not isinstance(error, _LostPlaceError):
+            except (_LostPlaceError, *TROUBLE) as error:
+                if not (client.is_closed or isinstance(error, _LostPlaceError)):
                     self._owner.complain(f"worker {self._worker}", error)
                 await asyncio.sleep(0.2)
 
     async def disconnected(self) -> None:
         """The server is gone; what the worker does meanwhile is not known."""
-        await self._mark("disconnected")
-        for stream in self.streams.values():
-            stream.stats.connected = False
 
-    def reconnected(self) -> None:
-        """The server is back, perhaps without our consumer."""
-        self._consumer_lost = True
-        self._checked = 0.0
-        for stream in self.streams.values():
-            stream.stats.reconnects += 1
+        def mark() -> None:
+            for stream in self.streams.values():
+                stream.stats.connected = False
+                stream.source.mark_stale("disconnected")
+
+        await self._call(mark)
 
     async def _call(self, ask: Callable[[], None]) -> None:
         await asyncio.to_thread(self._owner.call, ask)
-
-    async def _mark(self, reason: str) -> None:
-        def mark() -> None:
-            for stream in self.streams.values():
-                stream.source.mark_stale(reason)
-
-        await self._call(mark)
 
     def _stream(self, rank: int) -> Stream:
         """On the index's thread: making one marks its source."""
@@ -331,13 +323,18 @@ class _Follower:
         def take() -> None:
             for rank in dict.fromkeys(piece.rank for piece in pieces):
                 stream = self._stream(rank)
-                stream.check_stale()
+                if stream.ask is None:
+                    stream.check_stale()
                 if stream.ask is None or stream.ask.start is not None:
                     continue  # true as it is, or waiting for something else
-                for piece in pieces:
-                    if piece.rank == rank:
-                        stream.replayed(piece.sequence, piece.payload)
-                stream.replay_ended()
+                try:
+                    for piece in pieces:
+                        if piece.rank == rank:
+                            stream.replayed(piece.sequence, piece.payload)
+                    stream.replay_ended()
+                except Exception:
+                    _broke(stream)
+                    _give_up(stream)
 
         await self._call(take)
         if not self._place:
@@ -402,12 +399,11 @@ class _Follower:
                     num_replicas=1,
                 ),
             )
-            self._consumer_lost = False
             self._delivered = 0
             self._heard = time.monotonic()
             yield subscription
         finally:
-            with contextlib.suppress(*_TROUBLE):
+            with contextlib.suppress(*TROUBLE):
                 await subscription.unsubscribe()
 
     async def _fetch(self, consumer: Subscription) -> list[Msg]:
@@ -418,8 +414,6 @@ class _Follower:
         """
         messages: list[Msg] = []
         while not messages or (consumer.pending_msgs and len(messages) < _FETCH_MESSAGES):
-            if self._consumer_lost:
-                raise _LostPlaceError
             try:
                 message = await consumer.next_msg(_FETCH_SECONDS)
             except TimeoutError:
@@ -455,18 +449,16 @@ class _Follower:
 
         def feed() -> None:
             for rank, pairs in batches.items():
-                stream = self._stream(rank)
-                if not replayed:
-                    stream.live(pairs, time.time())
-                    continue
-                for frame, payload in pairs:
-                    stream.replayed(int.from_bytes(frame, "big"), payload)
+                _feed(self._stream(rank), pairs, replayed=replayed)
 
         if batches:
             await self._call(feed)
 
     async def _answer_asks(self, now: float) -> None:
-        """Something is missing: it comes late, or a snapshot has it, or it is lost."""
+        """Something is missing: it comes late, or a snapshot has it, or it is lost.
+
+        What a stream asks for anew after each failure, nobody was asked here: it fails once.
+        """
         overdue: list[Stream] = []
         for rank, stream in list(self.streams.items()):
             ask = stream.ask
@@ -480,17 +472,22 @@ class _Follower:
 
         def give_up() -> None:
             for stream in overdue:
-                while stream.ask is not None:
-                    stream.replay_failed("aged_out")
+                while _give_up(stream):
+                    pass
 
         if overdue:
             await self._call(give_up)
-        doubtful = any(
-            stream.source.stale - {"disconnected", "upstream"}
-            for stream in self.streams.values()
-            if stream.ask is None
-        )
-        if doubtful and self._alone and now >= self._snapshot_after:
+        if not self._alone or now < self._snapshot_after:
+            return
+
+        def doubt() -> None:
+            for stream in self.streams.values():
+                if stream.ask is None:
+                    stream.check_stale()
+
+        if any(stream.source.stale for stream in self.streams.values()):
+            await self._call(doubt)
+        if any(stream.ask and stream.ask.start is None for stream in self.streams.values()):
             self._snapshot_after = now + _SNAPSHOT_PAUSE_SECONDS
             await self._take_snapshot()
 
@@ -543,6 +540,51 @@ class _Follower:
         elif now - since > _TAIL_SECONDS:
             del self._behind[rank]
             stream.source.mark_stale("gap")
+
+
+def _feed(stream: Stream, pairs: Sequence[tuple[bytes, bytes]], *, replayed: bool) -> None:
+    """Give batches to the stream; what breaks one costs that one."""
+    while pairs:
+        try:
+            if not replayed:
+                stream.live(pairs, time.time())
+                return
+            (frame, payload), pairs = pairs[0], pairs[1:]
+            stream.replayed(int.from_bytes(frame, "big"), payload)
+        except Exception:
+            skipped = _broke(stream)
+            if not replayed:
+                done = stream.next or 0
+                left = [pair for pair in pairs if int.from_bytes(pair[0], "big") >= done]
+                pairs = left if skipped else []  # those will be missed
+
+
+def _broke(stream: Stream) -> bool:
+    """Count what broke the index or the account, and leave out its batch, if there was one."""
+    stream.stats.crashes += 1
+    # Every one of a stream that always breaks would fill the disk.
+    if stream.stats.crashes & (stream.stats.crashes - 1) == 0:
+        logger.exception("KV events of %s broke their reader; it goes on", stream.stats.worker)
+    skipped = stream.skip()
+    stream.source.mark_stale("undecodable")
+    return skipped
+
+
+def _give_up(stream: Stream) -> bool:
+    """End what the stream waits for; whether it waits for something else since."""
+    stats, ask = stream.stats, stream.ask
+    if ask is None:
+        return False
+    outcome = "unavailable" if ask.start is None else "aged_out"
+    gaps, failures = stats.gaps.total(), stats.replays[outcome]
+    try:
+        for _ in range(ATTEMPTS):
+            if stream.ask is not None and stats.gaps.total() == gaps:
+                stream.replay_failed(outcome)
+    except Exception:
+        _broke(stream)
+    stats.replays[outcome] = failures + 1
+    return stats.gaps.total() > gaps
 
 
 def _is_behind(stream: Stream, sequence: int) -> bool:

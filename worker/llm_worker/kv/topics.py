@@ -43,7 +43,8 @@ class Status(msgspec.Struct, frozen=True):
     worker: str
     rank: int
     instance: str  # of this very publisher: two with the same worker are two instances
-    stale: list[str]  # why its own index of this stream cannot be trusted
+    # Why its own index of this stream, or what comes of it here, cannot be trusted.
+    stale: list[str]
 
 
 class Frozen(NamedTuple):
@@ -145,8 +146,9 @@ def decode_status(payload: bytes) -> Status:
     return msgspec.msgpack.decode(payload, type=Status)
 
 
-def statuses(sources: Sequence[Source], instance: str) -> list[Status]:
-    """What is to be said of each source."""
+def statuses(sources: Sequence[Source], instance: str, *doubts: str) -> list[Status]:
+    """What is to be said of each source; ``doubts`` are the plane's own."""
     return [
-        Status(source.worker, source.rank, instance, sorted(source.stale)) for source in sources
+        Status(source.worker, source.rank, instance, sorted({*source.stale, *doubts}))
+        for source in sources
     ]

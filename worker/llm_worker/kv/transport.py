@@ -82,10 +82,10 @@ class EventSocket:
 
         ``start`` is the first sequence of every topic. The two bounds of the ring hold for each
         topic. ``high_water_mark_batches`` is what PUB queues for each subscriber before it drops.
-        A client that takes nothing for ``stall_seconds`` loses its answers. ``snapshot`` and
-        ``status`` are called on the ROUTER's thread and iterated as the client reads; where one
-        raises, the answer has no end. ``context`` is the process's own unless given, and is never
-        terminated.
+        A client that takes nothing for ``stall_seconds`` loses its answers, which are counted.
+        ``snapshot`` and ``status`` are called on the ROUTER's thread and iterated as the client
+        reads; where one raises, the answer has no end. ``context`` is the process's own unless
+        given, and is never terminated.
 
         Raises:
             zmq.ZMQError: an endpoint cannot be bound.
@@ -329,7 +329,7 @@ class _Router:
                 len(queue) >= _REQUESTS_PER_CLIENT
             )  # fmt: skip
             if answer is None or full:
-                self._owner.stats.requests_refused += 1
+                self._refuse("malformed" if answer is None else "too_many")
                 continue
             if queue is None:
                 queue = self._clients[client] = deque()
@@ -363,6 +363,7 @@ class _Router:
             if answer.done:
                 queue.popleft()
             elif now > answer.deadline:
+                self._refuse("stalled", len(queue))
                 queue.clear()
             if not queue:
                 del self._clients[client]
@@ -400,7 +401,11 @@ class _Router:
             answer.waiting = (b"", END_SEQUENCE, b"")
         except Exception:  # the snapshot is others' code; replay has to outlive it
             logger.exception("A snapshot of KV events failed")
+            self._refuse("failed")
             answer.done = True
+
+    def _refuse(self, reason: str, requests: int = 1) -> None:
+        self._owner.stats.requests_refused[reason] += requests
 
     def _count(self, answer: _Answer) -> None:
         if answer.kind == "snapshot":
