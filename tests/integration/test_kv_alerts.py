@@ -82,6 +82,8 @@ class Site:
     job = "worker"
     fires: frozenset[str] = frozenset()  # all of these, and nothing else
     follows: frozenset[str] = frozenset()  # those that are held back, as another says it all
+    # What it leads to when it lasts: whether the drill lasts that long depends on the machine.
+    in_time: frozenset[str] = frozenset()
 
     def __init__(self, *, max_blocks: int | None = None, fleet: bool = False) -> None:
         self.closers: list[Callable[[], object]] = []
@@ -145,9 +147,13 @@ class Site:
         self.closers.append(opened.close)
         return opened
 
-    def listen(self, publisher: EventSocket) -> None:
+    def listen(self, publisher: EventSocket, block_size: int | None = None) -> None:
         self.pipeline.listen(
-            publisher.endpoint, publisher.replay_endpoint, worker=self.worker, rank=0
+            publisher.endpoint,
+            publisher.replay_endpoint,
+            worker=self.worker,
+            rank=0,
+            block_size=block_size,
         )
 
     def close(self) -> None:
@@ -266,11 +272,28 @@ class Unheard(Site):
         )
 
 
+class OtherSize(Site):
+    """Somebody publishes blocks of another size than the engine's."""
+
+    fires = frozenset({"KvBlockSizeMismatch"})
+
+    def build(self) -> None:
+        self.engine = self.publisher()
+        self.listen(self.engine, block_size=128)
+
+    def beat(self) -> None:
+        self.engine.publish(batch())
+
+
 class Backlog(Site):
-    """The replay endpoint takes questions and never answers; batches pile up meanwhile."""
+    """The replay endpoint takes questions and never answers; batches pile up meanwhile.
+
+    After some seconds the gap is given up, so the index is marked and a batch is lost.
+    """
 
     fires = frozenset({"KvQueueBacklog", "KvQueueDropping"})
     follows = frozenset({"KvQueueBacklog"})
+    in_time = frozenset({"KvGapNotHealed", "KvBatchesLost"})
 
     def build(self) -> None:
         mute: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -287,8 +310,9 @@ class Backlog(Site):
         # Given up after some time, and then there is another hole: until somebody has seen it.
         if not stats.queue_batches:
             self.engine.skip()
+        payload = batch(blocks=1)  # the same for all: making each takes the others' time
         for _ in range(1 if stats.queue_batches else CAPACITY_BATCHES + 500):
-            self.engine.publish(batch(blocks=1))
+            self.engine.publish(payload)
 
 
 class PlaneAway(Site):
@@ -377,8 +401,43 @@ class Drift(Site):
         ]
 
 
+class Unaudited(Site):
+    """The engine has been idle for long, and its auditor is dead."""
+
+    fires = frozenset({"KvAuditMissing"})
+
+    def build(self) -> None:
+        self.engine = self.publisher()
+        self.listen(self.engine)
+        self.engine.publish(batch(age_seconds=3000.0))
+
+    def audits(self) -> list[AuditStats]:
+        return [AuditStats(self.worker, 0)]
+
+
+class Unproven(Site):
+    """The engine works all the time and does not tell what it holds: our plug-in is not in it."""
+
+    fires = frozenset({"KvAuditMissing"})
+
+    def build(self) -> None:
+        self.engine = self.publisher()
+        self.listen(self.engine)
+        self.auditor = Auditor(self.truth, lambda: self.pipeline.listeners, self.pipeline.at_rest)
+
+    def beat(self) -> None:
+        self.engine.publish(batch())
+        self.auditor.audit()
+
+    def audits(self) -> list[AuditStats]:
+        return self.auditor.stats()
+
+    def truth(self, full: bool) -> list[dict[str, object]]:
+        raise RuntimeError("no such method")
+
+
 class Recorded(Site):
-    """A worker that is well and under load, page by page as it was recorded."""
+    """A worker that is well and under load, page by page as it was recorded; its events of now."""
 
     kind = "worker-kv"
 
@@ -386,7 +445,9 @@ class Recorded(Site):
         self.recorded = [path.read_bytes() for path in sorted((FIXTURES / self.kind).glob("*"))]
 
     def page(self) -> bytes:
-        return self.recorded[min(self.scrapes // 2, len(self.recorded) - 1)]
+        page = self.recorded[min(self.scrapes // 2, len(self.recorded) - 1)]
+        now = rb"\g<1>%d" % time.time()
+        return re.sub(rb"(?m)^(llm_worker_kv_last_batch_timestamp_seconds\S* ).*$", now, page)
 
 
 class RecordedFleet(Recorded):
@@ -488,13 +549,18 @@ class Prometheus:
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     def suppressed(self) -> dict[str, set[str]]:
-        """The alerts that Alertmanager holds back, by instance."""
-        url = f"http://{self.alertmanager}/api/v2/alerts?active=false"
+        """The alerts that Alertmanager holds back for another about KV events, by instance.
+
+        Not for ``TargetDown``: on a machine that is busy a scrape may fail.
+        """
+        url = f"http://{self.alertmanager}/api/v2/alerts"
         with urllib.request.urlopen(url, timeout=10) as answer:
             alerts = json.load(answer)
+        names = {one["fingerprint"]: one["labels"]["alertname"] for one in alerts}
         found: dict[str, set[str]] = {}
         for one in alerts:
-            if one["status"]["state"] == "suppressed":
+            causes = [names.get(cause, "") for cause in one["status"]["inhibitedBy"]]
+            if any(cause.startswith("Kv") for cause in causes):
                 labels = one["labels"]
                 found.setdefault(labels["instance"], set()).add(labels["alertname"])
         return found
@@ -526,7 +592,8 @@ class Drill:
         behind = Behind()
         self.sites: list[Site] = [
             Healthy(), Starting(), Gap(), Undecodable(), Late(), Full(), Unheard(), Backlog(),
-            PlaneAway(), Silent(), Drift(), Recorded(), RecordedFleet(), behind, Fleet(behind),
+            PlaneAway(), Silent(), Drift(), OtherSize(), Unaudited(), Unproven(), Recorded(),
+            RecordedFleet(), behind, Fleet(behind),
         ]  # fmt: skip
         self.prometheus = Prometheus(home, self.sites)
         self._stop = threading.Event()
@@ -583,6 +650,9 @@ SICK: list[type[Site]] = [
     PlaneAway,
     Silent,
     Drift,
+    OtherSize,
+    Unaudited,
+    Unproven,
     Fleet,
 ]
 
@@ -609,7 +679,7 @@ def test_what_follows_from_a_cause_is_not_told_on_top(drill: Drill, kind: type[S
         ),
         f"{sorted(kind.follows)} are held back",
     )
-    assert drill.held_back[address] == kind.follows
+    assert drill.held_back[address] - kind.in_time == kind.follows
 
 
 def test_a_gap_that_is_healed_is_reported_no_longer(drill: Drill) -> None:
@@ -634,7 +704,8 @@ def test_nothing_else_fires(drill: Drill) -> None:
         "every fault is reported",
     )
     for site in drill.sites:
-        assert drill.seen.get(site.address, set()) <= site.fires, type(site).__name__
+        seen = drill.seen.get(site.address, set())
+        assert seen - site.in_time <= site.fires, type(site).__name__
 
 
 def test_every_recording_rule_about_kv_events_returns_data(drill: Drill) -> None:

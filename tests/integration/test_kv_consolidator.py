@@ -7,15 +7,20 @@ is the scheduler's half of it, which needs no GPU; only the copying is left out.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from llm_worker.kv import truth
 from llm_worker.kv.consolidator import Consolidator
 from llm_worker.kv.events import Decoder, Hash
 from llm_worker.kv.index import Index, Source
+from llm_worker.kv.stats import ListenerStats
+from llm_worker.kv.stream import Stream
 
 pytestmark = pytest.mark.needs("vllm")
 
@@ -196,3 +201,86 @@ def test_what_two_publishers_tell_of_is_told_once() -> None:
             assert held(merged) == engine.truth()
     assert merge.stats.stored_elsewhere_blocks > 100
     assert merged.stats.duplicate_blocks == 0
+
+
+class Core:
+    """vLLM's own reset of both managers, hooked as in the engine core; one stream for both."""
+
+    def __init__(self, engine: Engine, *, hooked: bool) -> None:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        self.engine = engine
+        self.sequence = 0
+        self.source = Index().source("w", 0)
+        self.stream = Stream(self.source, ListenerStats("w", 0))
+        self.stream.connected()
+        self.stream.replay_ended()
+        self.scheduler: Any = SimpleNamespace(
+            kv_cache_manager=engine.gpu,
+            kv_event_publisher=SimpleNamespace(_event_queue=None, publish=self._publish),
+            connector=SimpleNamespace(take_events=self._cpu_events, reset_cache=self._reset_cpu),
+            running=[],
+            log_stats=False,
+            aux_output_connector=None,
+            reset_connector_cache=lambda: Scheduler.reset_connector_cache(self.scheduler),
+        )
+
+        def reset(core: Core, running: bool = False, connector: bool = False) -> Any:
+            return Scheduler.reset_prefix_cache(core.scheduler, running, connector)
+
+        self.reset = truth.announce_reset(reset) if hooked else reset
+
+    def step(self) -> None:
+        """The end of `Scheduler.update_from_output`."""
+        from vllm.distributed.kv_events import KVEventBatch
+
+        events = [*self.engine.gpu.take_events(), *self._cpu_events()]
+        if events:
+            self._publish(KVEventBatch(ts=time.time(), events=events))
+
+    def _cpu_events(self) -> Iterable[Any]:
+        yield from self.engine.tracker.take_events(self.engine.cpu.take_events())
+
+    def _reset_cpu(self) -> bool:
+        self.engine.cpu.reset_cache()
+        return True
+
+    def _publish(self, batch: Any) -> None:
+        message = (self.sequence.to_bytes(8, "big"), msgspec.msgpack.encode(batch))
+        self.stream.live([message], 0.0)
+        self.sequence += 1
+
+
+@pytest.mark.parametrize("connector_too", [False, True])
+def test_a_reset_of_the_gpus_cache_leaves_a_connectors_blocks_in_the_index(
+    connector_too: bool,
+) -> None:
+    """vLLM's stream says of neither reset which blocks are gone; the hook in the core does."""
+    core = Core(Engine(4), hooked=True)
+    for turn in range(60):
+        core.engine.serve()
+        if turn % 20 == 10:
+            # What the connector has to tell of this request is not told yet.
+            assert core.reset(core, False, connector_too)
+            assert held(core.source).get("gpu", set()) == set()
+        core.step()
+        assert held(core.source) == core.engine.truth()
+        assert not core.source.stale
+    assert core.source.stats.cleared_events == 3
+    assert core.source.stats.unknown_removed_blocks == 0
+
+
+def test_without_the_hook_a_reset_marks_an_index_that_has_a_connectors_blocks() -> None:
+    """They may be there or not: none is claimed, and that is not called the truth."""
+    core = Core(Engine(5), hooked=False)
+    for _ in range(20):
+        core.engine.serve()
+        core.step()
+    assert not core.source.stale
+    assert core.reset(core, False, False)
+    core.engine.serve()
+    core.step()
+    assert core.source.stale == {"other_media"}
+    found, truth_now = held(core.source), core.engine.truth()
+    assert found["gpu"] == truth_now["gpu"]
+    assert found.get("cpu", set()) < truth_now["cpu"]

@@ -118,6 +118,76 @@ def test_calls_run_between_batches_on_the_thread_and_tell_their_errors(pipeline:
     assert pipeline.at_rest(threading.get_ident) == threading.get_ident()
 
 
+def hold(pipeline: Pipeline) -> threading.Event:
+    """Have its thread wait until the event that is returned is set."""
+    began, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        began.set()
+        release.wait(20)
+
+    threading.Thread(target=lambda: pipeline.at_rest(wait), daemon=True).start()
+    assert began.wait(10)
+    return release
+
+
+def test_a_call_that_was_given_up_is_not_made_later(
+    pipeline: Pipeline, socket: EventSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks again, as the fleet does, would otherwise have two listeners for one source."""
+    pipeline.start()
+    release = hold(pipeline)
+    monkeypatch.setattr("llm_worker.kv.pipeline.CALL_SECONDS", 0.1)
+    made: list[int] = []
+    with pytest.raises(TimeoutError):
+        pipeline.at_rest(lambda: made.append(1))
+    with pytest.raises(TimeoutError):
+        listen(pipeline, socket)
+    monkeypatch.undo()
+    assert not pipeline.index.sources()
+    release.set()
+    listener = listen(pipeline, socket)
+    assert pipeline.listeners == [listener]
+    assert not made
+    publish(socket, 1)
+    publish(socket, 2)
+    until(lambda: held(listener) == {1, 2})
+    assert listener.stats.batches_duplicate == 0
+
+
+def test_a_call_that_has_begun_is_waited_for(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It will have been made, so its caller must not be told that it was not."""
+    pipeline.start()
+    monkeypatch.setattr("llm_worker.kv.pipeline.CALL_SECONDS", 0.2)
+
+    def slow() -> str:
+        time.sleep(0.3)
+        return "made"
+
+    assert pipeline.at_rest(slow) == "made"
+
+
+def test_a_listener_is_made_on_the_thread_that_writes_the_index(
+    pipeline: Pipeline, socket: EventSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making it marks its source, which the thread may be writing for another listener."""
+    threads: list[str] = []
+    mark = Source.mark_stale
+
+    def marking(source: Source, reason: str) -> None:
+        threads.append(threading.current_thread().name)
+        mark(source, reason)
+
+    monkeypatch.setattr(Source, "mark_stale", marking)
+    pipeline.start()
+    listen(pipeline, socket)
+    pipeline.listen(socket.endpoint, None, worker="w", rank=1, part="connector")
+    assert threads
+    assert set(threads) == {"kv"}
+
+
 def test_a_clear_goes_to_the_outlets_like_any_event(
     pipeline: Pipeline, socket: EventSocket
 ) -> None:

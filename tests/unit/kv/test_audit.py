@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from llm_worker.kv import truth
 from llm_worker.kv.audit import Auditor, digest, unpacked
-from llm_worker.kv.events import AllBlocksCleared, BlockStored, encode
+from llm_worker.kv.events import AllBlocksCleared, BlockStored, Decoder, encode
 from llm_worker.kv.index import Index
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.stream import Stream
+from waiting import until
 
 
 class Rank:
     """A listener without sockets."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, replayable: bool = True) -> None:
         self.rank = 0
         self.source = Index().source("w", 0)
         self.stats = ListenerStats("w", 0)
-        self.stream = Stream(self.source, self.stats)
-        self.stream.connected()
-        self.stream.replay_ended()
+        self.stream = Stream(self.source, self.stats, replayable=replayable)
+        if replayable:
+            self.stream.connected()
+            self.stream.replay_ended()
         self._next = 0
 
     def index(self, *hashes: int, group: int = 0, medium: str = "gpu") -> None:
@@ -162,13 +166,70 @@ def test_it_compares_by_itself_once_the_engine_is_quiet(monkeypatch: pytest.Monk
 
     made = Auditor(ask, lambda: [rank], lambda call: call(), interval_seconds=0.01)
     made.start()
-    deadline = time.monotonic() + 10
-    while not made.stats()[0].audits["equal"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    until(lambda: made.stats()[0].audits["equal"])
     time.sleep(0.1)
     made.close()
     assert asked == [False]
+
+
+def test_a_comparison_that_breaks_is_counted_and_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it is: the index's thread that is too busy, or a bug. In the log once."""
+    monkeypatch.setattr("llm_worker.kv.audit.QUIET_SECONDS", 0.001)
+    rank = Rank()
+    rank.index(1)
+    trouble: list[Exception] = [TimeoutError()] * 3 + [RuntimeError("a bug")] * 3
+
+    def at_rest(call: Any) -> Any:
+        if trouble:
+            raise trouble.pop(0)
+        return call()
+
+    made = Auditor(lambda full: [told(1)], lambda: [rank], at_rest, interval_seconds=0.01)
+    made.start()
+    until(lambda: made.stats()[0].audits["equal"])
+    made.close()
+    assert made.stats()[0].audits == {"failed": 6, "equal": 1}
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_an_index_whose_thread_is_busy_is_a_failure_and_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whoever asked gets an answer."""
+    rank = Rank()
+    rank.index(1)
+
+    def busy(_: Any) -> Any:
+        raise TimeoutError
+
+    found = verdict(Auditor(lambda full: [told(1)], lambda: [rank], busy))
+    assert found["outcome"] == "failed"
+    assert "busy" in found["reason"]
+
+
+def test_a_verdict_is_repeated_before_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an auditor that died is told from an engine that is idle."""
+    monkeypatch.setattr("llm_worker.kv.audit.QUIET_SECONDS", 0.001)
+    monkeypatch.setattr("llm_worker.kv.audit.AGAIN_SECONDS", 0.05)
+    rank = Rank()
+    rank.index(1)
+    made = Auditor(lambda full: [told(1)], lambda: [rank], lambda c: c(), interval_seconds=0.01)
+    made.start()
+    until(lambda: made.stats()[0].audits["equal"] >= 3)
+    made.close()
+
+
+def test_an_engine_that_published_nothing_proves_an_index_that_heard_nothing() -> None:
+    """Where it cannot be asked for what was missed, there is no other way to know."""
+    rank = Rank(replayable=False)
+    rank.stream.connected()
+    rank.stream.replay_failed("unavailable")
+    assert rank.source.stale == {"unsynchronised"}
+    assert verdict(auditor(rank, told(1, sequence=0)))["outcome"] == "failed"
+    assert verdict(auditor(rank, told(sequence=-1)))["outcome"] == "equal"
+    assert not rank.source.stale
 
 
 def test_the_two_sides_compute_the_same_digest() -> None:
@@ -184,27 +245,105 @@ def test_the_two_sides_compute_the_same_digest() -> None:
     assert truth._contents([], True, True)["digests"] == {}
 
 
+class Cleared(msgspec.Struct, tag="AllBlocksCleared"):
+    """vLLM's event, which names no medium."""
+
+
+class Core:
+    """An engine core as far as a reset goes: a pool, a connector or none, what was published."""
+
+    def __init__(self, *, connector: bool) -> None:
+        self.published: list[Any] = []
+        self.pool: list[Any] = []
+        self.kept: list[Any] = []
+        self.scheduler = SimpleNamespace(
+            kv_event_publisher=SimpleNamespace(_event_queue=None, publish=self._publish),
+            connector=SimpleNamespace(take_events=lambda: self._take(self.kept))
+            if connector
+            else None,
+            kv_cache_manager=SimpleNamespace(take_events=lambda: self._take(self.pool)),
+        )
+
+    def _publish(self, events: list[Any]) -> None:
+        payload = msgspec.msgpack.encode((1.0, events, 0))
+        self.published += Decoder().decode(payload).events
+
+    @staticmethod
+    def _take(queued: list[Any]) -> list[Any]:
+        taken = queued.copy()
+        queued.clear()
+        return taken
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's module, as far as it is asked for."""
+    module = SimpleNamespace(KVEventBatch=lambda ts, events: events, AllBlocksCleared=Cleared)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.kv_events", module)
+
+
+@pytest.mark.usefixtures("kinds")
 def test_a_reset_is_published_with_the_reset_and_never_breaks_it() -> None:
     """The hook in the engine core: what is queued goes out, and an error stays inside."""
-    published: list[Any] = []
-    queued: list[Any] = []
-    batch = SimpleNamespace(KVEventBatch=lambda ts, events: events)
-    publisher = SimpleNamespace(_event_queue=None, publish=published.append)
-    core = SimpleNamespace(
-        scheduler=SimpleNamespace(
-            kv_event_publisher=publisher,
-            kv_cache_manager=SimpleNamespace(take_events=lambda: [queued.pop()] if queued else []),
-        )
-    )
+    core = Core(connector=False)
 
-    def reset(_: Any, *arguments: Any) -> bool:
-        queued.append(AllBlocksCleared())
+    def reset(core: Core, *arguments: Any) -> bool:
+        core.pool.append(Cleared())
         return True
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "vllm.distributed.kv_events", batch)
-        hooked = truth.announce_reset(reset)
-        assert hooked(core, True, False) is True
-        assert published == [[AllBlocksCleared()]]
-        core.scheduler.kv_cache_manager = None
-        assert hooked(core) is True
+    hooked = truth.announce_reset(reset)
+    assert hooked(core, True, False) is True
+    assert core.published == [AllBlocksCleared()]
+    core.scheduler.kv_cache_manager = None
+    assert hooked(core) is True
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize(
+    ("asked", "pool", "connector", "media"),
+    [
+        ((), True, None, ["gpu"]),
+        ((True, False), True, None, ["gpu"]),
+        ((True, True), True, True, ["all"]),
+        ((False, True), True, False, ["gpu"]),  # the connector refused
+        ((False, True), False, True, ["cpu", "storage"]),
+        ((False, False), False, None, []),
+    ],
+)
+def test_a_reset_says_which_blocks_it_was_of_where_a_connector_keeps_some(
+    asked: tuple[bool, ...], pool: bool, connector: bool | None, media: list[str]
+) -> None:
+    """What vLLM has queued says neither that, nor anything of a connector's reset.
+
+    What the connector had to tell goes out before its clear, as behind it it would be of blocks
+    that are gone.
+    """
+    core = Core(connector=True)
+    before = BlockStored(hashes=[1], block_size=16)
+    late = BlockStored(hashes=[2], block_size=16, medium="CPU")
+    core.pool.append(before)
+    core.kept.append(late)
+
+    def reset(core: Core, *arguments: bool) -> bool:
+        if pool:
+            core.pool.append(Cleared())
+        if connector:
+            core.kept.append(Cleared())  # a pool of its own that says so; some say nothing
+        return pool and connector is not False
+
+    truth.announce_reset(reset)(core, *asked)
+    clears = [event for event in core.published if isinstance(event, AllBlocksCleared)]
+    assert [event.medium for event in clears] == media
+    assert core.published[len(core.published) - len(clears) :] == clears
+    told = [event.hashes for event in core.published if isinstance(event, BlockStored)]
+    assert told == ([[1], [2]] if asked[1:] == (True,) else [[1]])
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_connector_that_cannot_tell_does_not_keep_the_reset_back() -> None:
+    """It tells with the next step."""
+    core = Core(connector=True)
+    core.scheduler.connector = SimpleNamespace()
+    core.pool.append(Cleared())
+    truth.announce_reset(lambda core, **_: True)(core, reset_connector=True)
+    assert core.published == [AllBlocksCleared(medium="all")]

@@ -135,6 +135,30 @@ def test_a_removal_by_a_stranger_is_counted_and_nothing_else() -> None:
     assert merge.feed("engine", 0, [removed(1)]) == [removed(1)]
 
 
+def test_what_the_reader_has_no_room_for_is_neither_told_nor_remembered() -> None:
+    """A block that is there already takes none; what is removed gives it back at once."""
+    merge = Consolidator()
+    assert merge.feed("engine", 0, [stored(1, 2, 3)], room=2) == [stored(1, 2)]
+    assert merge.stats.refused_blocks == 1
+    assert merge.feed("offload", 0, [stored(1), stored(4)], room=0) == []
+    told = merge.feed("engine", 0, [removed(2), stored(5, 6)], room=0)
+    assert told == [removed(2), stored(5)]
+    assert merge.sources() == {"engine": {0: 2}, "offload": {0: 1}}
+    assert merge.stats.refused_blocks == 3
+    assert merge.stats.stored_elsewhere_blocks == 1
+    assert merge.feed("engine", 0, [AllBlocksCleared()], room=0) == [removed(5)]
+
+
+def test_no_more_lanes_are_remembered_than_the_reader_has() -> None:
+    """Those that hold nothing any more make room for others."""
+    merge = Consolidator(max_lanes=1)
+    assert merge.feed("engine", 0, [stored(1)]) == [stored(1)]
+    assert merge.feed("engine", 0, [stored(1, adapter="a")]) == []
+    assert merge.stats.refused_blocks == 1
+    merge.feed("engine", 0, [removed(1)])
+    assert merge.feed("engine", 0, [stored(1, adapter="a")]) == [stored(1, adapter="a")]
+
+
 HASHES = [*range(1, 9), b"\x01" * 32, b"\x02" * 32]
 PARENTS = dict(pairwise(reversed(HASHES)))
 chains = st.tuples(st.integers(0, 9), st.integers(1, 4)).map(

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.events import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
-from llm_worker.kv.index import MAX_LANES, MAX_TIPS, MISS_REASONS, Index, Source
+from llm_worker.kv.index import (
+    MAX_LANES,
+    MAX_TIPS,
+    MISS_REASONS,
+    SWEEP_LANES,
+    Index,
+    Source,
+)
 
 
 def stored(*hashes: int | bytes, parent: int | bytes | None = None, **where: object) -> BlockStored:
@@ -120,7 +127,58 @@ def test_the_ends_of_chains_are_not_remembered_without_bound() -> None:
     for number in range(3 * MAX_TIPS):
         source.apply([stored(number)])
     (lane,) = source.lanes()
-    assert len(lane.tips) <= MAX_TIPS + 1
+    assert len(lane.tips) <= MAX_TIPS
+
+
+def test_the_ends_of_chains_are_bounded_in_every_lane_of_a_batch() -> None:
+    """A hybrid model's groups take turns in each batch."""
+    source = source_of()
+    for number in range(2 * MAX_TIPS):
+        source.apply([stored(number), stored(number, group=1)])
+        source.apply([removed(number), removed(number, group=1)])
+    assert [len(lane.tips) <= MAX_TIPS for lane in source.lanes()] == [True, True]
+
+
+def test_batches_are_counted_while_blocks_are_not_of_the_engines_size() -> None:
+    """Each of them: a publisher of another model, or a worker with other settings of this name."""
+    source = source_of()
+    source.block_size = 16
+    source.apply([stored(1)])
+    assert source.stats.odd_size_batches == 0
+    source.apply([stored(2, block_size=128), stored(3, block_size=128)])
+    assert source.stats.odd_size_batches == 1
+    source.apply([stored(4)])
+    assert source.stats.odd_size_batches == 1
+    source.apply([AllBlocksCleared(), stored(5, block_size=128)])
+    source.apply([stored(6, block_size=128)])
+    source.apply([stored(7, block_size=128)])
+    assert source.stats.odd_size_batches == 4
+    source.apply([AllBlocksCleared(), stored(8)])
+    assert source.stats.odd_size_batches == 4
+
+
+def test_where_nobody_says_the_size_of_blocks_it_is_that_of_the_first() -> None:
+    """A fleet index listens to engines that it cannot ask."""
+    source = source_of(stored(1, block_size=128), stored(2, block_size=128))
+    assert source.stats.odd_size_batches == 0
+    source.apply([stored(3, parent=2)])
+    source.apply([stored(4, block_size=128)])
+    source.apply([stored(5, parent=4)])
+    assert source.stats.odd_size_batches == 2
+    source.apply([AllBlocksCleared(), stored(1)])
+    assert source.stats.odd_size_batches == 2
+
+
+def test_sizes_that_may_differ_are_not_counted() -> None:
+    """Partial blocks, hybrid models' groups, connectors, and a publisher that does not say."""
+    source = source_of()
+    source.block_size = 16
+    source.apply([stored(1, block_size=4, kind="mamba"), stored(2, block_size=0)])
+    source.apply([stored(3, medium="cpu", block_size=64)])
+    assert source.stats.odd_size_batches == 0
+    source.apply([stored(3, block_size=64), stored(3, block_size=32, group=1)])
+    source.apply([stored(4, block_size=64), stored(4, block_size=32, group=1)])
+    assert source.stats.odd_size_batches <= 1
 
 
 def test_media_groups_adapters_ranks_and_workers_are_kept_apart() -> None:
@@ -173,6 +231,16 @@ def test_the_bound_is_kept_refusals_are_counted_and_the_source_is_stale() -> Non
     assert source.hashes() == {8} and source.stale == {"audit"} and consistent(source)
 
 
+def test_a_clear_of_all_media_says_so_and_one_of_none_may_be_of_the_gpus() -> None:
+    """Both take all; the second tells whether it took what it may not have meant."""
+    source = source_of(stored(1), stored(1, medium="cpu"))
+    assert source.apply([AllBlocksCleared(medium="all")]) is False
+    assert not source.hashes() and not source.beside_gpu()
+    assert source.apply([stored(1), AllBlocksCleared()]) is False
+    assert source.apply([stored(2, medium="cpu"), AllBlocksCleared(), stored(3)]) is True
+    assert source.hashes() == {3} and consistent(source)
+
+
 def test_the_bound_is_of_all_sources_together() -> None:
     """A fleet's index has one budget; a worker that leaves gives its part back."""
     index = Index(max_blocks=3)
@@ -187,7 +255,30 @@ def test_a_publisher_cannot_make_lanes_without_end() -> None:
     """Names of adapters are the publisher's."""
     source = source_of(*(stored(n, adapter=str(n)) for n in range(MAX_LANES + 5)))
     assert len(source.lanes()) == MAX_LANES and source.stats.refused_blocks == 5
-    assert "index_full" in source.stale
+    assert "index_full" in source.stale and not source.has_room()
+
+
+def test_adapters_that_hold_nothing_any_more_cost_nothing() -> None:
+    """However many came and went: neither is the bound reached, nor does each removal see them."""
+    source = source_of(max_blocks=10)
+    for number in range(MAX_LANES + 5):
+        source.apply([stored(number, adapter=str(number)), stored(number, group=1)])
+        assert source.hashes() == {number} and len(source.lanes()) <= SWEEP_LANES + 1
+        source.apply([removed(number), removed(number, group=1)])
+    assert "index_full" not in source.stale and not source.stats.refused_blocks
+    assert source.stats.unknown_removed_blocks == 0 and consistent(source)
+
+
+def test_there_is_room_again_once_a_tenth_of_the_index_is_free() -> None:
+    """Then it is worth while to read a source anew."""
+    index = Index(max_blocks=20)
+    source = index.source("one", 0)
+    source.apply([stored(*range(30))])
+    assert "index_full" in source.stale and not source.has_room()
+    source.apply([removed(1)])
+    assert not source.has_room()
+    source.apply([removed(2)])
+    assert source.has_room()
 
 
 def test_a_new_source_is_stale_until_someone_vouches_for_it() -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Decoder, Event
+from llm_worker.kv.events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Decoder,
+    Event,
+    encode,
+)
 from llm_worker.kv.index import Index, Sink
 from llm_worker.kv.merge import MergedRank
 
@@ -79,6 +89,86 @@ def test_the_source_is_doubted_as_long_as_a_part_is() -> None:
     assert rank.source.stale == {"gap", "index_full"}
     connector.trust()
     assert rank.source.stale == {"index_full"}
+
+
+def test_a_parts_clear_tells_whether_it_took_more_than_the_gpus_blocks() -> None:
+    """Of its own: what the connector keeps is not the engine's to clear."""
+    rank = rank_of()
+    engine, connector = rank.part("engine"), rank.part("connector")
+    connector.apply([stored(3, medium="cpu")])
+    assert engine.apply([stored(1), AllBlocksCleared()]) is False
+    assert not engine.beside_gpu()
+    assert engine.apply([stored(1), stored(2, medium="cpu"), AllBlocksCleared(), stored(4)])
+    assert rank.source.hashes() == {3, 4}
+    assert connector.beside_gpu()
+    engine.apply([stored(5, medium="cpu")])
+    assert engine.apply([AllBlocksCleared(medium="all")]) is False
+    assert rank.source.hashes() == {3}
+
+
+def test_the_bound_of_the_index_is_the_merges_own() -> None:
+    """What it refuses is not remembered beside it; who clears makes room and ends the doubt."""
+    index = Index(max_blocks=3)
+    rank = MergedRank(index.source("worker", 0))
+    engine, connector = rank.part("engine"), rank.part("connector")
+    rank.source.trust()
+    engine.apply([stored(1, 2)])
+    connector.apply([stored(1, 3, 4, medium="gpu"), stored(5, medium="cpu")])
+    assert rank.source.hashes() == {1, 2, 3}
+    assert rank.source.stale == {"index_full"}
+    assert rank.source.stats.refused_blocks == 2
+    assert rank.consolidator.sources() == {"engine": {0: 2}, "connector": {0: 2}}
+    assert not engine.has_room()
+    engine.apply([removed(2), stored(6)])
+    assert rank.source.hashes() == {1, 3, 6}
+    connector.clear()
+    engine.clear()
+    assert not rank.source.stale
+    assert index.room_blocks == 3
+
+
+def test_adapters_that_the_index_has_no_lane_for_are_not_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are as many as the publisher likes, and would take no room of the index's."""
+    for module in ("merge", "index"):
+        monkeypatch.setattr(f"llm_worker.kv.{module}.MAX_LANES", 2)
+    monkeypatch.setattr("llm_worker.kv.index.SWEEP_LANES", 2)
+    rank = rank_of()
+    for number in range(5):
+        event = BlockStored(hashes=[number], block_size=16, adapter=str(number))
+        rank.part("engine").apply([event])
+    assert rank.consolidator.sources() == {"engine": {0: 2}}
+    assert rank.source.hashes() == {0, 1}
+    assert "index_full" in rank.source.stale
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_memory_that_is_reported_includes_what_the_merge_remembers(both: bool) -> None:
+    """Within a twentieth; blocks of one publisher, and of both."""
+    payloads = [
+        encode(1.0, [stored(*(hash_of(number) for number in range(start, start + 100)))], 0)
+        for start in range(0, 40_000, 100)
+    ]
+    gc.collect()
+    tracemalloc.start()
+    index = Index()
+    rank = MergedRank(index.source("worker", 0))
+    for name in ("engine", "connector")[: 1 + both]:
+        part = rank.part(name)
+        for payload in payloads:
+            part.apply(Decoder().decode(payload).events)
+    gc.collect()
+    traces = tracemalloc.take_snapshot().traces
+    tracemalloc.stop()
+    # What was asked for, in the steps of 16 bytes in which small objects are given out.
+    allocated = sum((trace.size + 15) & ~15 for trace in traces)
+    assert index.memory_bytes() == pytest.approx(allocated, rel=0.05)
+
+
+def hash_of(number: int) -> int:
+    """As wide as a real one."""
+    return (number * 0x9E3779B97F4A7C15) % (1 << 64)
 
 
 def test_planes_get_the_merged_stream() -> None:

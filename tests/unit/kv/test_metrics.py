@@ -47,6 +47,7 @@ LABELS = {
     "match_seconds": (),
     "audits_total": ("worker", "engine", "outcome"),
     "audit_drift_blocks": ("worker", "engine"),
+    "audit_last_verdict_timestamp_seconds": ("worker", "engine"),
     "plane_up": ("plane",),
     "merge_withheld_blocks_total": ("worker", "engine", "reason"),
     "pipeline_crashes_total": (),
@@ -58,7 +59,7 @@ LABELS = {
     "plane_dropped_batches_total": ("plane", "reason"),
     "plane_replays_served_total": ("plane",),
     "plane_snapshots_served_total": ("plane",),
-    "plane_requests_refused_total": ("plane",),
+    "plane_requests_refused_total": ("plane", "reason"),
     "plane_reconnects_total": ("plane",),
     "fleet_unique_blocks": (),
     "fleet_held_blocks": (),
@@ -75,12 +76,14 @@ CLOSED = {
     ("match_requests_total", "outcome"): "hit miss invalid",
     ("audits_total", "outcome"): "equal drift busy failed",
     ("plane_dropped_batches_total", "reason"): " ".join(stats.PLANE_DROP_REASONS),
+    ("plane_requests_refused_total", "reason"): " ".join(stats.PLANE_REFUSAL_REASONS),
     ("fleet_workers", "health"): "ok stale disconnected",
 }
 UNKNOWN_AT_FIRST = {
     "sequence",
     "last_batch_timestamp_seconds",
     "audit_drift_blocks",
+    "audit_last_verdict_timestamp_seconds",
     "plane_sequence",
     "index_max_blocks",
     "merge_withheld_blocks",  # nothing is merged
@@ -247,7 +250,6 @@ def test_every_field_of_a_listener_is_on_the_page() -> None:
     listener.sequence = 16
     listener.last_batch_timestamp_seconds = 17.5
     listener.crashes = 18
-    listener.odd_block_sizes = 19
     listener.lag.observe(0.02, 3)
     listener.lag.observe(99.0)
     index = Index()
@@ -264,7 +266,6 @@ def test_every_field_of_a_listener_is_on_the_page() -> None:
     assert value(page, "listener_up", **W0) == 1
     assert value(page, "listener_reconnects_total", **W0) == 15
     assert value(page, "listener_crashes_total", **W0) == 18
-    assert value(page, "block_size_mismatches_total", **W0) == 19
     assert value(page, "sequence", **W0) == 16
     assert value(page, "last_batch_timestamp_seconds", **W0) == 17.5
     assert value(page, "lag_seconds_bucket", **W0, le="0.01") == 0
@@ -295,8 +296,10 @@ def test_what_the_index_did_is_on_the_page() -> None:
     assert value(page, "index_max_blocks") == 10
     assert value(page, "source_stale", **W0, reason="index_full") == 1
     assert value(page, "source_stale", **W0, reason="gap") == 0
+    source.stats.odd_size_batches = 19
     source.clear()
     page = list(collector(index).collect())
+    assert value(page, "block_size_mismatches_total", **W0) == 19
     assert value(page, "blocks_cleared_total", **W0) == 9
     assert value(page, "index_blocks", **W0, medium="gpu") == 0
     index.match([1, 2])
@@ -307,16 +310,18 @@ def test_what_the_index_did_is_on_the_page() -> None:
 
 def test_every_field_of_audits_and_planes_is_on_the_page() -> None:
     """As for listeners."""
-    audit = AuditStats("w", 0, drift_blocks=0)
+    audit = AuditStats("w", 0, drift_blocks=0, last_verdict_timestamp_seconds=12.5)
     audit.audits["busy"] += 5
     plane = PlaneStats("nats", 1, 2, sequence=(1_800_000_000 << 32) + 7, up=True)
     plane.dropped["failed"] += 3
     plane.buffered_batches, plane.buffer_capacity_batches = 4, 5
-    plane.replays_served, plane.snapshots_served, plane.requests_refused = 6, 7, 8
+    plane.replays_served, plane.snapshots_served = 6, 7
+    plane.requests_refused["stalled"] += 8
     plane.reconnects = 9
     page = list(collector(Index(), (), [plane], [audit]).collect())
     assert value(page, "audits_total", **W0, outcome="busy") == 5
     assert value(page, "audit_drift_blocks", **W0) == 0
+    assert value(page, "audit_last_verdict_timestamp_seconds", **W0) == 12.5
     numbers = {
         "published_batches_total": 1,
         "acknowledged_batches_total": 2,
@@ -324,7 +329,6 @@ def test_every_field_of_audits_and_planes_is_on_the_page() -> None:
         "buffer_capacity_batches": 5,
         "replays_served_total": 6,
         "snapshots_served_total": 7,
-        "requests_refused_total": 8,
         "reconnects_total": 9,
         "up": 1,
         "sequence": 7,  # without the epoch, which a float could not carry
@@ -332,6 +336,7 @@ def test_every_field_of_audits_and_planes_is_on_the_page() -> None:
     for name, number in numbers.items():
         assert value(page, f"plane_{name}", plane="nats") == number, name
     assert value(page, "plane_dropped_batches_total", plane="nats", reason="failed") == 3
+    assert value(page, "plane_requests_refused_total", plane="nats", reason="stalled") == 8
 
 
 def test_a_sequence_with_an_epoch_is_shown_without_it_and_an_engines_as_it_is() -> None:

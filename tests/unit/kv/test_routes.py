@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -151,6 +153,81 @@ def test_tokens_and_prompts_are_hashed_by_the_callable() -> None:
     assert prompt["matches"][0]["blocks"] == 2
     assert tokens["matches"] == []  # held, but not for this adapter
     assert (bad.status_code, bad.json()) == (400, {"error": "no adapter is called that"})
+
+
+def test_more_token_ids_than_a_request_may_have_are_refused() -> None:
+    """The engine's bound where it is known; hashing them takes it a microsecond each."""
+    known: list[int | None] = [4]
+
+    def hash_blocks(
+        what: str | Sequence[int], adapter: str | None, cache_salt: str | None
+    ) -> Sequence[Hash]:
+        return [1]
+
+    index = index_of(a=[1])
+    routes_of = client(index, hash_blocks=hash_blocks, max_tokens=lambda: known[0])
+    assert routes_of.post("/kv/match", json={"token_ids": [1] * 4}).status_code == 200
+    refused = routes_of.post("/kv/match", json={"token_ids": [1] * 5})
+    assert refused.status_code == 400
+    assert refused.json() == {"error": "`token_ids` has 5 entries; 4 are allowed"}
+    known[0] = None
+    assert routes_of.post("/kv/match", json={"token_ids": [1] * 5}).status_code == 200
+    body = {"token_ids": [1] * (routes.MAX_TOKEN_IDS + 1)}
+    assert str(routes.MAX_TOKEN_IDS) in routes_of.post("/kv/match", json=body).json()["error"]
+    assert index.match_stats.requests["invalid"] == 2
+
+
+def test_more_hashes_than_a_question_may_have_are_refused() -> None:
+    """As many as the index looks at for one question."""
+    body = {"hashes": [1] * (routes.MAX_HASHES + 1)}
+    refused = client(index_of(a=[1])).post("/kv/match", json=body)
+    assert refused.status_code == 400
+    assert str(routes.MAX_HASHES) in refused.json()["error"]
+
+
+def test_the_server_answers_others_while_it_looks_for_many_hashes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Probes come to it, too. Few hashes are looked for at once: a thread takes longer."""
+    index = index_of(a=[1])
+    app = FastAPI()
+    app.include_router(
+        routes.reading(routes.KvHandlers(index=index, listeners=tuple, planes=tuple))
+    )
+    running, seen = threading.Semaphore(1), []
+    answered = threading.Event()
+
+    def match(*_: Any, **__: Any) -> list[Any]:
+        assert running.acquire(blocking=False), "two of them at a time"
+        seen.append((threading.current_thread(), answered.wait(10)))
+        running.release()
+        return []
+
+    monkeypatch.setattr(index, "match", match)
+
+    async def ask(method: str, path: str, body: bytes = b"") -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            assert message.get("status", 200) == 200
+
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}
+        await app(scope, receive, send)
+
+    async def questions() -> None:
+        many = json.dumps({"hashes": [1] * (routes.IN_PLACE_HASHES + 1)}).encode()
+        matches = [asyncio.create_task(ask("POST", "/kv/match", many)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        await ask("GET", "/kv/status")
+        answered.set()
+        await asyncio.gather(*matches)
+        await ask("POST", "/kv/match", json.dumps({"hashes": [1]}).encode())
+
+    asyncio.run(questions())
+    here = threading.current_thread()
+    assert [thread is here for thread, _ in seen] == [False, False, False, True]
+    assert all(in_time for _, in_time in seen)
 
 
 def test_a_match_of_a_thousand_hashes_takes_less_than_a_millisecond_in_the_handler() -> None:

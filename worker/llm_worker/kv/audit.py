@@ -5,6 +5,8 @@ index is compared when it has applied exactly that batch. Only a quiet engine is
 telling takes it some milliseconds, and a busy one has moved on by the time the answer is here.
 A digest that differs is followed by the full set, which says how many blocks are wrong. Equality
 proves the index, whatever was lost before; a difference marks it. Never changes a block.
+A comparison that breaks is one that failed: counted, logged when what it says is new, and the next
+one is made as ever.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 MEDIUM = "gpu"  # what the block pool holds; connectors keep their own
 CATCH_UP_SECONDS = 2.0
 INTERVAL_SECONDS = 60.0
+AGAIN_SECONDS = 600.0  # after a verdict, though nothing has happened: whoever watches sees its age
 QUIET_SECONDS = 2.0
 _MASK = (1 << 64) - 1
 
@@ -88,6 +91,7 @@ class Auditor:
         self._interval_seconds = interval_seconds
         self._stats: dict[int, AuditStats] = {}
         self._proved: dict[int, int | None] = {}  # the sequence of the last verdict
+        self._complaint = ""  # the last one logged
         self._one_at_a_time = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv-audit", daemon=True)
@@ -114,21 +118,42 @@ class Auditor:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_seconds):
-            due = [
-                ranked
-                for ranked in self._ranks()
-                if ranked.source.stale or self._proved.get(ranked.rank, -1) != ranked.stats.sequence
-            ]
-            before = [ranked.stats.sequence for ranked in due]
-            if not due or self._stop.wait(QUIET_SECONDS):
-                continue
-            quiet = [
-                ranked
-                for ranked, sequence in zip(due, before, strict=True)
-                if ranked.stats.sequence == sequence
-            ]
-            if quiet:
-                self._audit(quiet)
+            try:
+                self._look()
+            except Exception as error:  # whatever it is, the next comparison may work
+                self._complain("a comparison of the KV index broke", error)
+                for stats in list(self._stats.values()):
+                    stats.audits["failed"] += 1
+
+    def _look(self) -> None:
+        """Compare the ranks for which it is time and which are quiet."""
+        due = [ranked for ranked in self._ranks() if self._is_due(ranked)]
+        before = [ranked.stats.sequence for ranked in due]
+        if not due or self._stop.wait(QUIET_SECONDS):
+            return
+        quiet = [
+            ranked
+            for ranked, sequence in zip(due, before, strict=True)
+            if ranked.stats.sequence == sequence
+        ]
+        if quiet:
+            self._audit(quiet)
+
+    def _is_due(self, ranked: Audited) -> bool:
+        last = self._of(ranked).last_verdict_timestamp_seconds
+        return (
+            bool(ranked.source.stale)
+            or self._proved.get(ranked.rank, -1) != ranked.stats.sequence
+            or last is None
+            or time.time() - last > AGAIN_SECONDS
+        )
+
+    def _complain(self, what: str, error: Exception) -> None:
+        """Log it unless it is what was logged last."""
+        complaint = f"{what}: {error!r}"
+        if complaint != self._complaint:
+            log.warning("%s", complaint)
+        self._complaint = complaint
 
     def _of(self, ranked: Audited) -> AuditStats:
         stats = self._stats.get(ranked.rank)
@@ -141,9 +166,9 @@ class Auditor:
             try:
                 truths = {truth["rank"]: truth for truth in self._ask(False)}
             except Exception as error:
-                log.warning("the engine did not tell what it holds: %s", error)
+                self._complain("the engine did not tell what it holds", error)
                 truths = {}
-            verdicts = [self._compare(ranked, truths.get(ranked.rank)) for ranked in ranks]
+            verdicts = [self._verdict(ranked, truths.get(ranked.rank)) for ranked in ranks]
             for ranked, verdict in zip(ranks, verdicts, strict=True):
                 self._note(ranked, verdict)
         return verdicts
@@ -153,6 +178,7 @@ class Auditor:
         stats.audits[verdict.outcome] += 1
         if verdict.outcome not in ("equal", "drift"):
             return
+        self._complaint = ""
         stats.drift_blocks = (verdict.missing_blocks or 0) + (verdict.surplus_blocks or 0)
         stats.last_verdict_timestamp_seconds = time.time()
         self._proved[ranked.rank] = verdict.sequence
@@ -164,6 +190,14 @@ class Auditor:
                 verdict.surplus_blocks,
                 extra={"worker": verdict.worker, "rank": verdict.rank},
             )
+
+    def _verdict(self, ranked: Audited, truth: Truth | None) -> Verdict:
+        try:
+            return self._compare(ranked, truth)
+        except TimeoutError as error:
+            self._complain("the KV thread did not get to a comparison", error)
+            reason = "the index's thread is busy with something else"
+            return Verdict(ranked.source.worker, ranked.rank, "failed", reason)
 
     def _compare(self, ranked: Audited, truth: Truth | None) -> Verdict:  # noqa: PLR0911
         worker, rank = ranked.source.worker, ranked.rank
@@ -197,7 +231,7 @@ class Auditor:
         try:
             truth = next(truth for truth in self._ask(True) if truth["rank"] == rank)
         except Exception as error:
-            log.warning("the engine did not tell what it holds: %s", error)
+            self._complain("the engine did not tell what it holds", error)
             return Verdict(
                 worker, rank, "failed", "the engine did not tell what it holds", sequence
             )
@@ -224,7 +258,8 @@ class Auditor:
             if time.monotonic() > deadline or self._stop.is_set():
                 return False
             time.sleep(0.01)
-        return "unsynchronised" not in ranked.source.stale
+        # An engine that has published nothing cannot be heard, and can be compared.
+        return sequence is None or "unsynchronised" not in ranked.source.stale
 
     def _at(self, ranked: Audited, sequence: int | None) -> dict[int, list[Hash]] | None:
         """The rank's blocks by group as they are just after this batch; None: it is past it."""

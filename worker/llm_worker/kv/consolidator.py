@@ -9,7 +9,9 @@ Pure: no I/O, no clock, no logging, one thread.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from typing import TypeAlias
 
 from msgspec.structs import replace
@@ -20,6 +22,7 @@ from llm_worker.kv.stats import MergeStats
 _Place: TypeAlias = tuple[str, int]  # medium and group: all that a removal says
 _Lane: TypeAlias = tuple[str, int, str | None]  # and the adapter
 _REMOVED_BLOCKS = 512  # in one event, when a source clears
+UNBOUNDED = 1 << 62
 
 
 class Consolidator:
@@ -29,15 +32,24 @@ class Consolidator:
     is told depends on the order only in which one of them tells of a block.
     """
 
-    def __init__(self, stats: MergeStats | None = None) -> None:
+    def __init__(self, stats: MergeStats | None = None, *, max_lanes: int = UNBOUNDED) -> None:
+        """``max_lanes``: of a rank, that hold something: media times groups times adapters."""
         self.stats = MergeStats() if stats is None else stats
+        self._max_lanes = max_lanes
         self._ranks: dict[int, _Rank] = {}
 
-    def feed(self, source: str, rank: int, events: Iterable[Event]) -> list[Event]:
-        """Take in what a source says of a rank, and return what that changes for the worker."""
+    def feed(
+        self, source: str, rank: int, events: Iterable[Event], room: int = UNBOUNDED
+    ) -> list[Event]:
+        """Take in what a source says of a rank, and return what that changes for the worker.
+
+        ``room`` is how many more blocks the reader takes. What is beyond it is neither told nor
+        remembered, and counted as refused.
+        """
         merged = self._ranks.get(rank)
         if merged is None:
-            merged = self._ranks[rank] = _Rank(self.stats)
+            merged = self._ranks[rank] = _Rank(self.stats, self._max_lanes)
+        merged.room = room
         out: list[Event] = []
         for event in events:
             if isinstance(event, BlockStored):
@@ -63,6 +75,31 @@ class Consolidator:
                     changes[each] = out
         return changes
 
+    def beside_gpu(self, source: str, rank: int) -> bool:
+        """Whether a source holds blocks of a rank that are not the GPU's."""
+        merged = self._ranks.get(rank)
+        lanes = {} if merged is None else merged.sources.get(source, {})
+        return any(key[0] != "gpu" and lane for key, lane in lanes.items())
+
+    def memory_bytes(self) -> int:
+        """What is remembered, in bytes: tables, and hashes that are not the reader's own objects.
+
+        Any thread may ask.
+        """
+        total = 0
+        for merged in list(self._ranks.values()):
+            holders = list(merged.holders.values())
+            told = [
+                lane for lanes in list(merged.sources.values()) for lane in list(lanes.values())
+            ]
+            again = sum(map(len, told)) - sum(map(len, holders))  # told of by a second source
+            total += sum(map(sys.getsizeof, (*holders, *told)))
+            sample = list(islice(chain(*told), 1024))
+            if sample:
+                size = sum((sys.getsizeof(value) + 15) & ~15 for value in sample)
+                total += max(0, again) * size // len(sample)
+        return total
+
     def sources(self) -> dict[str, dict[int, int]]:
         """How many blocks each source holds, by its ranks."""
         found: dict[str, dict[int, int]] = {}
@@ -80,36 +117,52 @@ class _Rank:
     merged stream has is exactly its keys.
     """
 
-    def __init__(self, stats: MergeStats) -> None:
+    def __init__(self, stats: MergeStats, max_lanes: int) -> None:
         self.stats = stats
+        self.max_lanes = max_lanes
+        self.room = UNBOUNDED  # of the reader, for blocks
         self.sources: dict[str, dict[_Lane, dict[Hash, int]]] = {}
         self.holders: dict[_Lane, dict[Hash, int]] = {}
         self.adapters: dict[_Place, dict[str | None, int]] = {}  # of holders; their block sizes
 
     def store(self, source: str, event: BlockStored, out: list[Event]) -> None:
         key = (event.medium or "gpu", event.group or 0, event.adapter)
+        holders = self.holders.get(key)
+        if holders is None and len(self.holders) >= self.max_lanes:
+            self.stats.refused_blocks += len(event.hashes)
+            return
         lanes = self.sources.setdefault(source, {})
         copies = lanes.setdefault(key, {})
-        holders = self.holders.get(key)
         if holders is None:
             holders = self.holders[key] = {}
             self.adapters.setdefault(key[:2], {})[event.adapter] = event.block_size
         hashes = event.hashes
         new: list[bool] = []
+        refused = 0
         for value in hashes:
             held = copies.get(value, 0)
+            others = holders.get(value, 0)
+            if not others and self.room <= 0:
+                refused += 1
+                new.append(False)
+                continue
             copies[value] = held + 1
             if held:
                 new.append(False)
                 continue
-            others = holders.get(value, 0)
             holders[value] = others + 1
+            self.room -= not others
             new.append(not others)
+        self.stats.refused_blocks += refused
         if all(new):
             out.append(event)
         else:
-            self.stats.stored_elsewhere_blocks += new.count(False)
+            self.stats.stored_elsewhere_blocks += new.count(False) - refused
             out.extend(_runs(event, new))
+        if not copies:
+            del lanes[key]
+        if not holders:
+            del self.holders[key], self.adapters[key[:2]][event.adapter]
 
     def remove(self, source: str, event: BlockRemoved, out: list[Event]) -> None:
         place = (event.medium or "gpu", event.group or 0)
@@ -154,6 +207,7 @@ class _Rank:
             self.stats.held_elsewhere_blocks += 1
             return False
         del self.holders[key][value]
+        self.room += 1
         if not self.holders[key]:
             del self.holders[key], self.adapters[key[:2]][key[2]]
         return True

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Protocol
@@ -27,6 +28,11 @@ from llm_worker.kv.stats import STALE_REASONS, MatchStats, SourceStats
 UNBOUNDED = 1 << 62
 MAX_TIPS = 4096  # of one lane: chains that may go on
 MAX_LANES = 4096  # of one source: media times groups times adapters
+SWEEP_LANES = 64  # of one source: those that hold nothing are dropped from here on, now and then
+GPU = "gpu"
+# The medium of a clear that is of all on purpose. One that names none may be of the GPU's blocks
+# only: vLLM 0.32 says nothing of what a connector keeps.
+ALL_MEDIA = "all"
 SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
 
 # Why the block after the last one that is held is a miss. Closed set.
@@ -101,11 +107,21 @@ class Sink(Protocol):
     rank: int
     stale: frozenset[str]
 
-    def apply(self, events: Sequence[Event]) -> None:
-        """Bring it up to date with the publisher's events, in their order."""
+    def apply(self, events: Sequence[Event]) -> bool:
+        """Bring it up to date with the publisher's events, in their order.
+
+        Returns:
+            Whether a clear that names no medium took blocks that are not the GPU's.
+        """
 
     def clear(self, medium: str | None = None) -> None:
         """Forget every block, or those of one medium."""
+
+    def beside_gpu(self) -> bool:
+        """Return whether blocks are held that are not the GPU's."""
+
+    def has_room(self) -> bool:
+        """Return whether what was refused may find room by now."""
 
     def mark_stale(self, reason: str) -> None:
         """Say that what is held here may not be what the publisher holds."""
@@ -125,15 +141,26 @@ class Source:
         self.rank = rank
         self.stats = SourceStats()
         self.stale: frozenset[str] = frozenset(("unsynchronised",))
+        # Tokens; of the GPU's only group, as the engine says it. None: it was not asked.
+        self.block_size: int | None = None
+        # What is kept for this source and not in it, in bytes; see `merge`.
+        self.kept_beside: Callable[[], int] | None = None
         self._index = index
         self._lanes: dict[tuple[str, int, str | None], Lane] = {}
         # What a removal can mean: it says medium and group, not the adapter.
         self._removable: dict[tuple[str, int], list[Lane]] = {}
+        self._sweep_at = SWEEP_LANES
+        self._odd = False  # some blocks are not of the size that they should have
 
-    def apply(self, events: Sequence[Event]) -> None:  # noqa: PLR0912, PLR0915  # the hot path
-        """Bring the source up to date with events of its publisher, in their order."""
+    def apply(self, events: Sequence[Event]) -> bool:  # noqa: PLR0912, PLR0915  # the hot path
+        """Bring the source up to date with events of its publisher, in their order.
+
+        Returns:
+            Whether a clear that names no medium took blocks that are not the GPU's.
+        """
         stats, index = self.stats, self._index
         room = before = index.room_blocks
+        doubtful = False
         stored = stored_events = removed_events = unknown = 0
         parents: dict[Hash, Hash | None] | None = None  # where removals of medium, group go
         lane: Lane | None = None
@@ -155,6 +182,8 @@ class Source:
                         table[value] = parent
                         parent = value
                     tips[parent] = parent
+                    if len(tips) > MAX_TIPS:
+                        tips.clear()
                     new += len(table)
                     if new != count:
                         self._count_copies(lane, hashes, new)
@@ -183,18 +212,22 @@ class Source:
                 stats.stored_blocks += stored
                 stored = 0
                 index.room_blocks = room
-                self.clear(event.medium)
+                if event.medium is None:
+                    doubtful = doubtful or self.beside_gpu()
+                self.clear(None if event.medium == ALL_MEDIA else event.medium)
                 room = before = index.room_blocks
                 parents = None
         index.room_blocks = room
-        if lane is not None and len(lane.tips) > MAX_TIPS:
-            lane.tips.clear()
+        if self._odd:
+            stats.odd_size_batches += 1
+            self._odd = self._has_odd_lane()
         stats.stored_events += stored_events
         stats.stored_blocks += stored
         if removed_events:
             stats.removed_events += removed_events
             stats.removed_blocks += room - before + stored
             stats.unknown_removed_blocks += unknown
+        return doubtful
 
     def clear(self, medium: str | None = None) -> None:
         """Forget every block, or those of one medium. At once: it does not look at the blocks."""
@@ -202,6 +235,7 @@ class Source:
         gone = sum(len(lane.parents) for key, lane in self._lanes.items() if key not in kept)
         self._lanes = kept
         self._removable = {k: v for k, v in self._removable.items() if k[0] != medium and kept}
+        self._odd = self._odd and self._has_odd_lane()
         self.stats.cleared_blocks += gone
         self._index.room_blocks += gone
         if medium is None:  # what was refused is gone from the engine as well
@@ -221,6 +255,21 @@ class Source:
     def trust(self, *reasons: str) -> None:
         """Take back some reasons to be stale; without any, all."""
         self.stale = self.stale.difference(reasons) if reasons else frozenset()
+
+    def beside_gpu(self) -> bool:
+        """Return whether blocks are held that are not the GPU's."""
+        return any(lane.parents and lane.medium != GPU for lane in self._lanes.values())
+
+    @property
+    def room_blocks(self) -> int:
+        """How many more blocks the index takes, of whichever source."""
+        return self._index.room_blocks
+
+    def has_room(self) -> bool:
+        """Return whether what was refused may find room by now: a tenth of the index is free."""
+        index = self._index
+        lanes = sum(1 for lane in self._lanes.values() if lane.parents)
+        return 10 * index.room_blocks >= (index.max_blocks or 0) and lanes < MAX_LANES
 
     def blocks(self) -> dict[str, int]:
         """Return the number of blocks by medium; without copies, of all groups and adapters."""
@@ -310,6 +359,8 @@ class Source:
         return "absent" if blocks else "unseen"
 
     def _new_lane(self, event: BlockStored) -> Lane | None:
+        if len(self._lanes) >= self._sweep_at:
+            self._drop_empty_lanes()
         if len(self._lanes) >= MAX_LANES:
             self.mark_stale("index_full")
             return None
@@ -317,6 +368,27 @@ class Source:
         self._lanes[event.medium, event.group, event.adapter] = lane
         self._removable.setdefault((event.medium, event.group), []).append(lane)
         return lane
+
+    def _drop_empty_lanes(self) -> None:
+        """Forget adapters that hold nothing: a removal looks at each, and there is a bound."""
+        self._lanes = {key: lane for key, lane in self._lanes.items() if lane.parents}
+        self._removable = {}
+        for (medium, group, _), lane in self._lanes.items():
+            self._removable.setdefault((medium, group), []).append(lane)
+        self._sweep_at = min(MAX_LANES, max(SWEEP_LANES, 2 * len(self._lanes)))
+
+    def _has_odd_lane(self) -> bool:
+        """Whether a lane's own size is not what the engine says."""
+        size = self.block_size
+        return (
+            size is not None
+            and self._has_one_group()
+            and any(lane.block_size != size and _is_checked(lane) for lane in self._lanes.values())
+        )
+
+    def _has_one_group(self) -> bool:
+        """Whether blocks should be of one size: each group of a hybrid model may have its own."""
+        return not any(lane.group for lane in self._lanes.values())
 
     def _count_copies(self, lane: Lane, hashes: Sequence[Hash], new: int) -> None:
         """Note which of ``hashes``, just stored, were held before; ``new`` were not."""
@@ -343,6 +415,8 @@ class Source:
         parent, new = event.parent, 0
         if not parents:
             lane.block_size = event.block_size
+        if _is_checked(event) and event.block_size != (self.block_size or lane.block_size):
+            self._odd = self._odd or self._has_one_group()
         for value in event.hashes:
             if value in parents:
                 # vLLM holds some blocks more than once, and says so on store and on removal.
@@ -398,6 +472,7 @@ class Index:
         self.max_blocks = max_blocks
         self.room_blocks = UNBOUNDED if max_blocks is None else max_blocks
         self.match_stats = MatchStats()
+        self._counting = threading.Lock()  # matches may be on several threads
         self._sources: dict[tuple[str, int], Source] = {}
 
     def source(self, worker: str, rank: int) -> Source:
@@ -448,8 +523,9 @@ class Index:
                 miss = source.why_missing(hashes, blocks, medium, adapter, group)
                 found.append(Held(source.worker, source.rank, medium, blocks, miss, source.stale))
         found.sort(key=_preference)
-        self.match_stats.requests["hit" if hit else "miss"] += 1
-        self.match_stats.seconds.observe(time.perf_counter() - started)
+        with self._counting:
+            self.match_stats.requests["hit" if hit else "miss"] += 1
+            self.match_stats.seconds.observe(time.perf_counter() - started)
         return found
 
     def held_blocks(self) -> int:
@@ -468,8 +544,13 @@ class Index:
         )
 
     def memory_bytes(self) -> int:
-        """Return what the blocks occupy."""
-        return sum(lane.memory_bytes() for source in self.sources() for lane in source.lanes())
+        """Return what the blocks occupy, and what merging them keeps of them."""
+        total = 0
+        for source in self.sources():
+            total += sum(lane.memory_bytes() for lane in source.lanes())
+            if source.kept_beside is not None:
+                total += source.kept_beside()
+        return total
 
 
 def _preference(held: Held) -> tuple[int, bool, bool, str, int, str]:
@@ -495,6 +576,19 @@ def _stored(lane: Lane, hashes: list[Hash], parent: Hash | None, block_size: int
         kind=lane.kind,
         locality=lane.locality,
         sliding_window=lane.sliding_window,
+    )
+
+
+def _is_checked(blocks: BlockStored | Lane) -> bool:
+    """Whether blocks should be of the engine's one size.
+
+    Recurrent layers' may end in a part of a block, and a connector's may be of any size.
+    """
+    return (
+        blocks.medium == GPU
+        and not blocks.group
+        and blocks.kind in (None, "full_attention")
+        and blocks.block_size > 0  # 0: the publisher does not say
     )
 
 

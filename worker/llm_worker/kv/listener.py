@@ -6,7 +6,7 @@ happened is seen on the SUB socket's monitor. Never parses a payload. All of it 
 
 Bounds: SUB queues `SUB_HIGH_WATER_MARK` messages (libzmq drops what comes beyond, which shows as a
 gap), the DEALER as many; one message has at most `MAX_MESSAGE_BYTES`, or libzmq drops the
-connection. Behind a gap the stream holds a bounded number of batches.
+connection. Behind a gap the stream holds a bounded number of batches and bytes.
 Source: vllm/distributed/kv_events.py, ZmqEventPublisher, 0.9.0 to 0.32.0.
 """
 
@@ -67,7 +67,6 @@ class Listener:
         stats: ListenerStats,
         topic: str = "",
         epochs: bool = False,
-        block_size: int | None = None,
         outlets: Sequence[Outlet] = (),
         context: zmq.Context[Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -87,7 +86,6 @@ class Listener:
             stats,
             replayable=replay_endpoint is not None,
             epochs=epochs,
-            block_size=block_size,
             outlets=outlets,
         )
         self.deadline = 0.0  # monotonic

@@ -3,7 +3,8 @@
 An engine says what its own cache holds; an offloading connector with a publisher of its own says
 what it keeps elsewhere. Each has its own numbers, gaps and doubts, so each is followed by a stream
 of its own, which writes to a `Part` here instead of to the index. The union goes to the index. The
-source is doubted as long as one of its parts is. All of it runs on the pipeline's thread.
+source is doubted as long as one of its parts is. What the index has no room for is refused here
+already, and not remembered. All of it runs on the pipeline's thread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from llm_worker.kv.consolidator import Consolidator
 from llm_worker.kv.events import AllBlocksCleared, Event, encode
-from llm_worker.kv.index import Lane, Source
+from llm_worker.kv.index import ALL_MEDIA, MAX_LANES, Lane, Source
 from llm_worker.kv.stats import MergeStats
 from llm_worker.kv.stream import Outlet
 
@@ -30,7 +31,10 @@ class MergedRank:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.source = source
-        self.consolidator = Consolidator(MergeStats(source.worker, source.rank))
+        self.consolidator = Consolidator(
+            MergeStats(source.worker, source.rank), max_lanes=MAX_LANES
+        )
+        source.kept_beside = self.consolidator.memory_bytes
         self._outlets = outlets
         self._clock = clock
         self._parts: dict[str, Part] = {}
@@ -46,7 +50,12 @@ class MergedRank:
 
     def feed(self, name: str, events: Sequence[Event]) -> None:
         """Take in what a part says; the index and the planes get what it changes."""
-        changes = self.consolidator.feed(name, self.source.rank, events)
+        source, stats = self.source, self.consolidator.stats
+        before = stats.refused_blocks
+        changes = self.consolidator.feed(name, source.rank, events, source.room_blocks)
+        if stats.refused_blocks > before:
+            source.stats.refused_blocks += stats.refused_blocks - before
+            source.mark_stale("index_full")
         if not changes:
             return
         self.source.apply(changes)
@@ -76,9 +85,31 @@ class Part:
         self._whole = whole
         self._name = name
 
-    def apply(self, events: Sequence[Event]) -> None:
-        """Bring the part up to date with its publisher's events, in their order."""
-        self._whole.feed(self._name, events)
+    def apply(self, events: Sequence[Event]) -> bool:
+        """Bring the part up to date with its publisher's events, in their order.
+
+        Returns:
+            Whether a clear that names no medium took blocks that are not the GPU's.
+        """
+        doubtful = False
+        pending: list[Event] = []
+        for event in events:
+            if isinstance(event, AllBlocksCleared) and event.medium in (None, ALL_MEDIA):
+                self._whole.feed(self._name, pending)
+                doubtful = doubtful or (event.medium is None and self.beside_gpu())
+                pending = [AllBlocksCleared()]
+            else:
+                pending.append(event)
+        self._whole.feed(self._name, pending)
+        return doubtful
+
+    def beside_gpu(self) -> bool:
+        """Return whether this part holds blocks that are not the GPU's."""
+        return self._whole.consolidator.beside_gpu(self._name, self.rank)
+
+    def has_room(self) -> bool:
+        """Return whether what was refused may find room by now."""
+        return self._whole.source.has_room()
 
     def clear(self, medium: str | None = None) -> None:
         """Forget what this part holds; what another one holds, too, stays."""

@@ -28,6 +28,7 @@ from prometheus_client.utils import floatToGoString
 from llm_worker.kv.stats import (
     GAP_KINDS,
     PLANE_DROP_REASONS,
+    PLANE_REFUSAL_REASONS,
     REPLAY_OUTCOMES,
     STALE_REASONS,
     UNDECODABLE_REASONS,
@@ -82,7 +83,8 @@ LISTENER_FAMILIES = (
         "Batches of KV events, by what became of them. applied: indexed in order as they came; "
         "late: arrived out of order, held and indexed in their turn; replayed: got from the "
         "publisher's replay and indexed; duplicate: seen before, nothing is lost; "
-        "dropped: received while the queue was full, so the next replay has to bring them; "
+        "dropped: received and not kept, because the queue was full or the connection is a new "
+        "one, so the next replay has to bring them; "
         "lost: one per sequence number that was never indexed.",
     ),
     Family(
@@ -131,13 +133,6 @@ LISTENER_FAMILIES = (
         "counter",
         _RANK,
         "Batches, or states of a socket, that broke the listener; it left them out and went on.",
-    ),
-    Family(
-        "block_size_mismatches_total",
-        "counter",
-        _RANK,
-        "Bursts of batches whose blocks had another size than the rank's: look-ups by tokens miss "
-        "them.",
     ),
     Family(
         "sequence",
@@ -201,6 +196,14 @@ SOURCE_FAMILIES = (
         "Blocks said to be stored that the index did not take because its bound was reached.",
     ),
     Family(
+        "block_size_mismatches_total",
+        "counter",
+        _RANK,
+        "Batches that came while blocks of the GPU had another size than the engine says, or than "
+        "those before them: look-ups by tokens miss them. Only full attention, and only where "
+        "there is one KV-cache group: others' sizes may differ.",
+    ),
+    Family(
         "source_stale",
         "gauge",
         (*_RANK, "reason"),
@@ -218,7 +221,8 @@ INDEX_FAMILIES = (
         "index_bytes",
         "gauge",
         (),
-        "Memory of the index, estimated at most every half minute.",
+        "Memory of the index and of what merges a connector's blocks into it, estimated at most "
+        "every half minute.",
     ),
     Family(
         "index_max_blocks",
@@ -251,13 +255,21 @@ AUDIT_FAMILIES = (
         _RANK,
         "Blocks missing in the index plus blocks too many, at the last verdict. Absent before it.",
     ),
+    Family(
+        "audit_last_verdict_timestamp_seconds",
+        "gauge",
+        _RANK,
+        "When the index was last compared with the engine and found equal or different (Unix "
+        "time). Absent before.",
+    ),
 )
 PLANE_FAMILIES = (
     Family(
         "plane_up",
         "gauge",
         ("plane",),
-        "1 while records can go out on the plane (zmq: bound; nats: connected), 0 otherwise.",
+        "1 while records can go out on the plane (zmq: bound; nats: connected, and what was sent "
+        "last is stored), 0 otherwise.",
     ),
     Family(
         "plane_sequence",
@@ -308,8 +320,10 @@ PLANE_FAMILIES = (
     Family(
         "plane_requests_refused_total",
         "counter",
-        ("plane",),
-        "Requests of receivers that were malformed, or too many at once.",
+        ("plane", "reason"),
+        "Requests of receivers that got no answer, or not all of it. malformed: no request; "
+        "too_many: at once; stalled: the receiver took nothing of the answer for seconds; failed: "
+        "the answer broke.",
     ),
     Family(
         "plane_reconnects_total",
@@ -568,9 +582,6 @@ def _listener_families(ranks: Mapping[Key, list[ListenerStats]]) -> Iterator[Met
         page.gauge("listener_up", key, int(all(part.connected for part in parts)))
         page.counter("listener_reconnects_total", key, sum(part.reconnects for part in parts))
         page.counter("listener_crashes_total", key, sum(part.crashes for part in parts))
-        page.counter(
-            "block_size_mismatches_total", key, sum(part.odd_block_sizes for part in parts)
-        )
         page.gauge("sequence", key, _counter_part(_greatest(part.sequence for part in parts)))
         page.gauge(
             "last_batch_timestamp_seconds",
@@ -603,6 +614,7 @@ def _source_families(
         page.counter("blocks_duplicate_total", key, stats.duplicate_blocks)
         page.counter("blocks_unknown_removed_total", key, stats.unknown_removed_blocks)
         page.counter("blocks_refused_total", key, stats.refused_blocks)
+        page.counter("block_size_mismatches_total", key, stats.odd_size_batches)
         for reason in STALE_REASONS:
             page.gauge("source_stale", (*key, reason), int(reason in source.stale))
         for medium, blocks in _media(source.blocks()).items():
@@ -616,6 +628,9 @@ def _audit_families(audits: Iterable[AuditStats]) -> Iterator[Metric]:
         key = (stats.worker, str(stats.rank))
         page.counts("audits_total", key, AUDIT_OUTCOMES, stats.audits)
         page.gauge("audit_drift_blocks", key, stats.drift_blocks)
+        page.gauge(
+            "audit_last_verdict_timestamp_seconds", key, stats.last_verdict_timestamp_seconds
+        )
     yield from page
 
 
@@ -632,7 +647,9 @@ def _plane_families(planes: Iterable[PlaneStats]) -> Iterator[Metric]:
         page.counts("plane_dropped_batches_total", key, PLANE_DROP_REASONS, stats.dropped)
         page.counter("plane_replays_served_total", key, stats.replays_served)
         page.counter("plane_snapshots_served_total", key, stats.snapshots_served)
-        page.counter("plane_requests_refused_total", key, stats.requests_refused)
+        page.counts(
+            "plane_requests_refused_total", key, PLANE_REFUSAL_REASONS, stats.requests_refused
+        )
         page.counter("plane_reconnects_total", key, stats.reconnects)
     yield from page
 

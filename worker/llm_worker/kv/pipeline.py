@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import zmq
 
-from llm_worker.kv.index import Index, Sink
+from llm_worker.kv.index import Index, Source
 from llm_worker.kv.listener import Listener
 from llm_worker.kv.merge import ENGINE, MergedRank
 from llm_worker.kv.stats import ListenerStats, MergeStats, PlaneStats
@@ -90,30 +90,33 @@ class Pipeline:
 
         With ``part``, the name of this one, several publishers may speak of one rank, and the index
         has what any of them holds; see `merge`. The account of any but the engine's goes by
-        ``worker/part``.
+        ``worker/part``. ``block_size`` is what the engine says a block is, in tokens.
+
+        Raises:
+            TimeoutError: as of `at_rest`; it is not listened to.
         """
-        source: Sink = self.index.source(worker, rank)
-        if part is not None:
-            merged = self.merged.get((worker, rank))
-            if merged is None:
-                merged = MergedRank(self.index.source(worker, rank), self.outlets)
-                self.merged = {**self.merged, (worker, rank): merged}
-            source = merged.part(part)
-        listener = Listener(
-            endpoint,
-            replay_endpoint,
-            worker=worker,
-            rank=rank,
-            source=source,
-            stats=ListenerStats(worker, rank, part=None if part == ENGINE else part),
-            topic=topic,
-            epochs=epochs,
-            block_size=block_size,
-            outlets=self.outlets if part is None else (),
-            context=self._context,
-        )
-        self.at_rest(lambda: self._add(listener))
-        return listener
+
+        def make() -> Listener:
+            whole = self.index.source(worker, rank)
+            if block_size is not None:
+                whole.block_size = block_size
+            listener = Listener(
+                endpoint,
+                replay_endpoint,
+                worker=worker,
+                rank=rank,
+                source=whole if part is None else self._merged(whole).part(part),
+                stats=ListenerStats(worker, rank, part=None if part == ENGINE else part),
+                topic=topic,
+                epochs=epochs,
+                outlets=self.outlets if part is None else (),
+                context=self._context,
+            )
+            self._add(listener)
+            return listener
+
+        # All of it there: making it already marks the source.
+        return self.at_rest(make)
 
     def forget(self, listener: Listener) -> None:
         """Listen there no more; its source stays in the index."""
@@ -158,14 +161,20 @@ class Pipeline:
 
         Raises:
             Exception: what ``ask`` raises.
-            TimeoutError: the thread did not get to it.
+            TimeoutError: the thread did not get to it, and it will not run; or it began, and did
+                not come to an end in as long again.
         """
         if not self._thread.is_alive() or threading.current_thread() is self._thread:
             return ask()
         answer: Future[T] = Future()
         self._commands.put((ask, answer))
         self._wake()
-        return answer.result(CALL_SECONDS)
+        try:
+            return answer.result(CALL_SECONDS)
+        except TimeoutError:
+            if answer.cancel():
+                raise
+            return answer.result(CALL_SECONDS)
 
     def clear(self, worker: str, rank: int) -> None:
         """Forget at once what a rank holds: its engine dropped it and will say so later."""
@@ -182,6 +191,14 @@ class Pipeline:
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full, so the thread wakes anyway; or closed
             self._waker.send(b"\0")
+
+    def _merged(self, whole: Source) -> MergedRank:
+        key = (whole.worker, whole.rank)
+        merged = self.merged.get(key)
+        if merged is None:
+            merged = MergedRank(whole, self.outlets)
+            self.merged = {**self.merged, key: merged}
+        return merged
 
     def _add(self, listener: Listener) -> None:
         self.listeners = [*self.listeners, listener]
@@ -262,6 +279,8 @@ class Pipeline:
                 pass
         while not self._commands.empty():
             ask, answer = self._commands.get()
+            if not answer.set_running_or_notify_cancel():
+                continue  # who asked does not wait any more
             try:
                 answer.set_result(ask())
             except BaseException as error:

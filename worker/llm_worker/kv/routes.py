@@ -2,7 +2,8 @@
 
 Owns the shapes of the questions and answers, and their status codes. It only calls what it was
 handed; hashing prompts as the engine does is such a callable, because only the engine's own
-process can.
+process can. What takes longer than some milliseconds is done on a thread: probes come to this
+server, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from llm_worker.kv.index import Index, Source
 from llm_worker.kv.stats import ListenerStats, PlaneStats
 
 MAX_BODY_BYTES = 16 << 20
-MAX_HASHES = 1 << 20
+MAX_HASHES = 1 << 20  # of one question
+MAX_TOKEN_IDS = 1 << 20  # of one question, where the engine's own bound is not known
+IN_PLACE_HASHES = 10_000  # are looked up at once; more on a thread, one such question at a time
 _DUMP_CHUNK_BYTES = 64 << 10
 _HASH_RANGE = range(-(1 << 63), 1 << 64)
 _JSON = "application/json"
@@ -40,6 +43,7 @@ class KvHandlers:
     listeners: Callable[[], Iterable[ListenerStats]]
     planes: Callable[[], Iterable[PlaneStats]]
     hash_blocks: HashBlocks | None = None
+    max_tokens: Callable[[], int | None] | None = None  # of a request; None: not known
     audit: Callable[[], Any] | None = None  # what it found, as JSON can say it; may block
     more_status: Callable[[], dict[str, Any]] | None = None  # beside sources and planes
 
@@ -71,6 +75,7 @@ class _RefusedError(Exception):
 def reading(handlers: KvHandlers) -> APIRouter:
     """``/kv/status``, ``/kv/match`` and ``/kv/dump``: none of them changes anything."""
     router = APIRouter(prefix="/kv")
+    large = asyncio.Lock()
 
     @router.get("/status")
     async def status() -> Response:
@@ -84,10 +89,10 @@ def reading(handlers: KvHandlers) -> APIRouter:
         except _RefusedError as error:
             handlers.index.match_stats.requests["invalid"] += 1
             return Response(encode({"error": str(error)}), error.status, media_type=_JSON)
-        found = handlers.index.match(
-            hashes, adapter=question.adapter, group=question.group, misses=question.misses
-        )
-        return Response(encode({"blocks": len(hashes), "matches": found}), media_type=_JSON)
+        if len(hashes) <= IN_PLACE_HASHES:
+            return _match(handlers, question, hashes)
+        async with large:
+            return await asyncio.to_thread(_match, handlers, question, hashes)
 
     @router.get("/dump")
     async def dump(worker: str | None = None, rank: int | None = None) -> Response:
@@ -142,6 +147,13 @@ async def _read(request: Request) -> Question:
     return question
 
 
+def _match(handlers: KvHandlers, question: Question, hashes: Sequence[Hash]) -> Response:
+    found = handlers.index.match(
+        hashes, adapter=question.adapter, group=question.group, misses=question.misses
+    )
+    return Response(encode({"blocks": len(hashes), "matches": found}), media_type=_JSON)
+
+
 async def _hashes(handlers: KvHandlers, question: Question) -> Sequence[Hash]:
     """What the question is about.
 
@@ -149,7 +161,9 @@ async def _hashes(handlers: KvHandlers, question: Question) -> Sequence[Hash]:
         _RefusedError: it has no such hashes.
     """
     if question.hashes is not None:
-        return parsed_hashes(question.hashes)
+        if len(question.hashes) <= IN_PLACE_HASHES:
+            return parsed_hashes(question.hashes)
+        return await asyncio.to_thread(parsed_hashes, question.hashes)
     asked = question.prompt if question.token_ids is None else question.token_ids
     if handlers.hash_blocks is None or asked is None:
         raise _RefusedError(
@@ -157,6 +171,13 @@ async def _hashes(handlers: KvHandlers, question: Question) -> Sequence[Hash]:
             "only an engine can hash tokens as it does itself: send `hashes`, or ask /kv/match of "
             "a worker that serves this model",
         )
+    if question.token_ids is not None:
+        known = None if handlers.max_tokens is None else handlers.max_tokens()
+        limit = MAX_TOKEN_IDS if known is None else known
+        if len(question.token_ids) > limit:
+            raise _RefusedError(
+                400, f"`token_ids` has {len(question.token_ids)} entries; {limit} are allowed"
+            )
     try:
         return await asyncio.to_thread(
             handlers.hash_blocks, asked, question.adapter, question.cache_salt

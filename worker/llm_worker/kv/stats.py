@@ -28,7 +28,8 @@ STALE_REASONS = (
     "duplicate_worker",  # two publishers claim to be this worker
     "disconnected",  # no publisher at the other end
     "audit",  # the auditor found drift
-    "upstream",  # the plane says that the worker's own index cannot be trusted
+    "other_media",  # a clear did not say whether it meant more than the GPU's blocks
+    "upstream",  # the plane says that the worker's own index, or what it sends, cannot be trusted
 )
 UNDECODABLE_REASONS = (
     "frames",  # not [topic, 8-byte sequence, payload]
@@ -46,6 +47,12 @@ PLANE_DROP_REASONS = (
     "too_large",  # beyond what the plane carries
     "subscriber_full",  # ZMQ: a subscriber's queue ran full; only its first batch is counted
     "failed",  # the transport refused it
+)
+PLANE_REFUSAL_REASONS = (
+    "malformed",  # no request
+    "too_many",  # at once
+    "stalled",  # the receiver took nothing of the answer for seconds
+    "failed",  # the answer could not be made, or not to its end
 )
 
 
@@ -76,7 +83,7 @@ class ListenerStats:
     batches_late: int = 0  # arrived out of order: held until their turn, then applied
     batches_replayed: int = 0  # got by replay and applied
     batches_lost: int = 0  # sequence numbers that were never applied
-    batches_dropped: int = 0  # received while the queue was full: in the next replay
+    batches_dropped: int = 0  # received and not kept: in the next replay
     queue_batches: int = 0  # held back behind a gap
     queue_capacity_batches: int = 0
     undecodable: Counter[str] = field(default_factory=Counter)  # by UNDECODABLE_REASONS
@@ -88,7 +95,6 @@ class ListenerStats:
     sequence: int | None = None  # the last one applied
     last_batch_timestamp_seconds: float | None = None  # the engine's clock
     lag: Histogram = field(default_factory=lambda: Histogram(LAG_SECONDS_BUCKETS))
-    odd_block_sizes: int = 0  # bursts whose blocks had another size than the engine's
     crashes: int = 0  # batches or sockets that broke the listener, which went on
     part: str | None = None  # which publisher of the rank, beside its engine's; see `merge`
 
@@ -107,6 +113,7 @@ class SourceStats:
     refused_blocks: int = 0  # not stored: the index's bound was reached
     duplicate_removed_blocks: int = 0  # removed while another copy was held: still held
     cleared_blocks: int = 0  # held when a clear came; held = stored - removed - cleared
+    odd_size_batches: int = 0  # taken while blocks had another size than the engine says
 
 
 @dataclass(slots=True)
@@ -138,6 +145,7 @@ class MergeStats:
     stored_elsewhere_blocks: int = 0  # not told: another source, or this one, has it already
     held_elsewhere_blocks: int = 0  # removal not told: another source, or a copy, is left
     unknown_removed_blocks: int = 0  # removed by a source that never stored it
+    refused_blocks: int = 0  # not taken in: the index has no room for more
 
 
 @dataclass(slots=True)
@@ -153,6 +161,7 @@ class PlaneStats:
     sequence: int | None = None  # the last one given
     replays_served: int = 0
     snapshots_served: int = 0
-    requests_refused: int = 0  # for a replay or snapshot: malformed, or too many at once
+    # Without an answer, or without its end; by PLANE_REFUSAL_REASONS
+    requests_refused: Counter[str] = field(default_factory=Counter)
     reconnects: int = 0
     up: bool = False

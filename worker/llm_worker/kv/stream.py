@@ -12,7 +12,9 @@ A restart and a late duplicate both have a number that was seen before. It is a 
 batch is *newer* than the last one applied (vLLM stamps batches when it makes them, so a duplicate
 never is), or when the connection broke since and nobody could be asked. After every reconnect the
 publisher is asked for the last batch again: the same number with another timestamp, or nothing, is
-another process. A wrong verdict costs a replay from the start, never a wrong index.
+another process. A wrong verdict costs a replay from the start, never a wrong index. Where nobody
+answers, or the publisher's memory begins behind that batch, numbers that go on tell nothing: the
+index is marked.
 """
 
 from __future__ import annotations
@@ -24,23 +26,24 @@ from typing import Protocol
 from llm_worker.kv.events import (
     AllBlocksCleared,
     Batch,
-    BlockStored,
     Decoder,
     Event,
     WireError,
     encode,
 )
-from llm_worker.kv.index import Sink
+from llm_worker.kv.index import ALL_MEDIA, Sink
 from llm_worker.kv.stats import ListenerStats
 
 EPOCH_BITS = 32
 COUNTER_MASK = (1 << EPOCH_BITS) - 1
 CAPACITY_BATCHES = 8192  # held back: about 10 MB of an engine's usual batches
+CAPACITY_BYTES = 64 << 20  # of their payloads: a step that computes a long prompt makes 25 kB
 ATTEMPTS = 3  # without progress, before what is missing counts as lost
 BACKOFF_SECONDS = (0.0, 0.5, 2.0, 5.0, 15.0, 30.0)
 # What another complete state of the publisher makes true again.
 DATA_REASONS = (
     "unsynchronised", "missed_first", "gap", "undecodable", "duplicate_worker", "audit",
+    "other_media",
 )  # fmt: skip
 
 
@@ -84,9 +87,9 @@ class Stream:
         source: The index's side of this rank; written here only.
         replayable: Whether there is anybody to ask.
         epochs: Whether the numbers are our planes'.
-        capacity_batches: How many batches are held back behind a gap. When it is full the newest
-            is dropped and counted: it is in the next answer.
-        block_size: What the engine says a block is; None: whatever comes first.
+        capacity_batches: How many batches are held back behind a gap, and as many while the
+            publisher is asked who it is; CAPACITY_BYTES in all. When it is full the newest is
+            dropped and counted: it is in the next answer.
     """
 
     def __init__(
@@ -97,7 +100,6 @@ class Stream:
         replayable: bool = True,
         epochs: bool = False,
         capacity_batches: int = CAPACITY_BATCHES,
-        block_size: int | None = None,
         outlets: Sequence[Outlet] = (),
     ) -> None:
         self.source = source
@@ -111,12 +113,15 @@ class Stream:
         self._verifies = replayable and not epochs
         self._epochs = epochs
         self._capacity = capacity_batches
-        self._block_size = block_size
         self._outlets = outlets
         self._decode = Decoder().decode
         self._timestamp = 0.0  # of the last batch applied
         self._held: dict[int, bytes] = {}  # beyond a gap
         self._unverified: list[tuple[int, bytes]] = []  # received before the publisher is known
+        self._waiting_bytes = 0  # of both
+        self._dropped: int | None = None  # the greatest number for which there was no room
+        self._connections = 0
+        self._denied_at: int | None = None  # what was `next` when it last had nothing from there on
         self._recovery: _Recovery | None = None
         self._doubtful = False  # reconnected, and nobody could be asked what was missed
         self._lost_for_good = False  # "gap" stands for more than the present recovery
@@ -130,7 +135,10 @@ class Stream:
     def connected(self) -> None:
         """There is a publisher: ask it where it stands."""
         self.stats.connected = True
-        self._drop_unverified()
+        self._connections += 1
+        self._forget_waiting()
+        self._count_queue()
+        self._doubtful, self._dropped = False, None
         if self.next is not None and self.next == self._first_of(self.next):
             self.next = None  # it had published nothing
         if self.next is None:
@@ -146,7 +154,11 @@ class Stream:
 
     def check_tail(self) -> None:
         """Nothing came for a while: ask whether that is all, as the last batches may be lost."""
-        if self._recovery is None and self.next is not None and self._replayable:
+        if self._recovery is not None or not self._replayable:
+            return
+        if self.next is None:  # it had published nothing when it was asked
+            self._begin("initial", 0)
+        else:
             self._begin("tail", self.next)
 
     def live(self, messages: Sequence[tuple[bytes, bytes]], wall: float) -> None:
@@ -160,6 +172,7 @@ class Stream:
             and self.next is not None
             and not self.source.stale
             and not self._doubtful
+            and not self._is_unheard()
         ):
             done = self._in_order(messages, wall)
             if done == len(messages):
@@ -202,10 +215,10 @@ class Stream:
                 pass  # among them was another process's
             elif self._held and (recovery.replies or not recovery.attempts):
                 self._retry(recovery, "truncated" if recovery.applied else "aged_out")
+            elif self._held and self._is_denied_its_own():
+                self.stats.replays["aged_out"] += 1
+                self._go_on_without(recovery)
             else:
-                # Asked twice, it has published nothing that far: what is held was an old process's.
-                self.stats.batches_duplicate += len(self._held)
-                self._held.clear()
                 self._complete(recovery)
         self._count_queue()
 
@@ -222,8 +235,14 @@ class Stream:
         self._publish_cleared(timestamp)
 
     def proved(self) -> None:
-        """The publisher holds exactly what is held here: there is no reason left for mistrust."""
-        self.source.trust(*DATA_REASONS)
+        """The engine's GPU holds exactly what is held of it here.
+
+        If that is all, there is no reason left for mistrust.
+        """
+        if self.source.beside_gpu() or "other_media" in self.source.stale:
+            self.source.trust("audit")
+            return
+        self.source.trust(*DATA_REASONS, "index_full")
         self._lost_for_good = self._snapshot_due = False
 
     def skip(self) -> bool:
@@ -259,7 +278,8 @@ class Stream:
             # Only a part of it was understood; or it is older than its predecessor.
             if type(batch) is not Batch or batch.timestamp < latest:
                 break
-            apply(batch.events)
+            if apply(batch.events) and not self._epochs:
+                self._mistrust("other_media")
             if expected == first:
                 oldest = batch.timestamp
             expected += 1
@@ -284,10 +304,11 @@ class Stream:
         if sequence >> 63:
             self.stats.undecodable["frames"] += 1
         elif recovery is not None and recovery.kind in ("initial", "resume"):
-            if len(self._unverified) < self._capacity:
+            if self._has_room(len(self._unverified), payload):
                 self._unverified.append((sequence, payload))
+                self._waiting_bytes += len(payload)
             else:
-                self.stats.batches_dropped += 1
+                self._drop(sequence)
         elif self.next is None:
             self._first(sequence, payload, wall)
         elif self._epochs and sequence >> EPOCH_BITS != self.next >> EPOCH_BITS:
@@ -295,23 +316,40 @@ class Stream:
         elif sequence < self.next:
             self._behind(sequence, payload)
         elif sequence == self.next and (recovery is None or recovery.kind != "snapshot"):
-            if self._is_older(payload):
-                self.stats.batches_duplicate += 1
-                return
-            if self._doubtful:
-                self._doubtful = False
-                self.source.trust("disconnected")
-            self._apply(sequence, payload, wall)
-            self.stats.batches_applied += 1
-            if self._held:
-                self._drain()
-                self._healed_by_itself()
+            self._in_turn(sequence, payload, wall)
         else:
             self._ahead(sequence, payload)
+
+    def _in_turn(self, sequence: int, payload: bytes, wall: float) -> None:
+        """The very next number; whether it is the publisher's is another question."""
+        if self._is_older(payload):
+            self.stats.batches_duplicate += 1
+            return
+        if self._is_unheard():
+            self._hold(sequence, payload)
+            if self._recovery is None:
+                self._begin("gap", sequence)
+            return
+        if self._doubtful:
+            self._doubtful = False
+            self._mistrust_identity()
+            self.source.trust("disconnected")
+        self._apply(sequence, payload, wall)
+        self.stats.batches_applied += 1
+        if self._held:
+            self._drain()
+            self._healed_by_itself()
 
     def _is_older(self, payload: bytes) -> bool:
         """Whether a batch was made before the last one applied, which has a lower number."""
         return self._verifies and self._was_made_before(payload)
+
+    def _is_unheard(self) -> bool:
+        """Whether the process had published nothing when it was asked, and another one had before.
+
+        What comes as its first batch may be the other's, still queued here; asking for it tells.
+        """
+        return self._timestamp == 0.0 and self._connections > 1 and self._verifies
 
     def _was_made_before(self, payload: bytes) -> bool:
         try:
@@ -341,6 +379,12 @@ class Stream:
         self.source.mark_stale(reason)
         self._snapshot_due = self._epochs
 
+    def _mistrust_identity(self) -> None:
+        """The numbers go on where they ended, and whether it is the same process was not told."""
+        if not self._epochs:
+            self._mistrust("gap")
+            self._lost_for_good = True
+
     def _ahead(self, sequence: int, payload: bytes) -> None:
         """A batch whose predecessors are missing: it waits for them."""
         self._doubtful = False
@@ -355,10 +399,30 @@ class Stream:
     def _hold(self, sequence: int, payload: bytes) -> None:
         if sequence in self._held:
             self.stats.batches_duplicate += 1
-        elif len(self._held) < self._capacity:
+        elif self._has_room(len(self._held), payload):
             self._held[sequence] = payload
+            self._waiting_bytes += len(payload)
         else:
-            self.stats.batches_dropped += 1
+            self._drop(sequence)
+
+    def _has_room(self, batches: int, payload: bytes) -> bool:
+        return batches < self._capacity and self._waiting_bytes + len(payload) <= CAPACITY_BYTES
+
+    def _drop(self, sequence: int) -> None:
+        self.stats.batches_dropped += 1
+        self._dropped = sequence if self._dropped is None else max(self._dropped, sequence)
+
+    def _had_dropped(self) -> bool:
+        """Whether there was no room for a batch that has not been had since; tells it once."""
+        dropped, self._dropped = self._dropped, None
+        return dropped is not None and self.next is not None and dropped >= self.next
+
+    def _take(self, sequence: int) -> bytes | None:
+        """Let go of a batch that is held back."""
+        payload = self._held.pop(sequence, None)
+        if payload is not None:
+            self._waiting_bytes -= len(payload)
+        return payload
 
     def _behind(self, sequence: int, payload: bytes) -> None:
         """A number that was there before: a late duplicate, or another process."""
@@ -386,14 +450,11 @@ class Stream:
     def _restart(self, sequence: int, payload: bytes | None = None) -> None:
         """Another process publishes: nothing of the last one's is held any more."""
         self.stats.gaps["restart"] += 1
-        self._held.clear()
+        self._forget_waiting()
         self._doubtful = self._lost_for_good = False
-        self._recovery = None
-        self.ask = None
         self.clear(self._timestamp)
         self._timestamp = 0.0
         self.source.trust(*DATA_REASONS, "disconnected")
-        self._drop_unverified()
         if payload is None and self._epochs:
             self.next = None
             self.source.mark_stale("unsynchronised")
@@ -420,11 +481,12 @@ class Stream:
             self._mistrust("undecodable")
             self._at = None
             return
-        if source.stale and _clears(batch.events):
+        if source.stale and self._clears(batch.events):
             # Before it is applied: it may give reason for mistrust again.
             source.trust(*DATA_REASONS)
             self._lost_for_good = self._snapshot_due = False
-        source.apply(batch.events)
+        if source.apply(batch.events) and not self._epochs:
+            self._mistrust("other_media")
         if type(batch) is not Batch:
             stats.undecodable.update(batch.rejected)
             stats.unknown_events += batch.unknown
@@ -443,13 +505,18 @@ class Stream:
         self.stats.sequence = sequence
         self.stats.last_batch_timestamp_seconds = batch.timestamp
         self._timestamp = batch.timestamp
-        for event in batch.events:
-            if isinstance(event, BlockStored) and not event.group and event.block_size:
-                if self._block_size is None:
-                    self._block_size = event.block_size
-                elif event.block_size != self._block_size:
-                    self.stats.odd_block_sizes += 1
-                break
+
+    def _clears(self, events: Iterable[Event]) -> bool:
+        """Whether the publisher says that it holds nothing any more, on any medium."""
+        return any(
+            isinstance(event, AllBlocksCleared)
+            and (event.medium == ALL_MEDIA or (event.medium is None and self._means_all()))
+            for event in events
+        )
+
+    def _means_all(self) -> bool:
+        """Whether a clear that names no medium is of all: the GPU has all, or a plane says so."""
+        return self._epochs or not (self.source.beside_gpu() or "other_media" in self.source.stale)
 
     def _publish_cleared(self, timestamp: float) -> None:
         if self._outlets:
@@ -460,9 +527,8 @@ class Stream:
 
     def _drain(self) -> None:
         """Apply what was held back and has its turn now."""
-        held = self._held
-        while held and self.next is not None:
-            payload = held.pop(self.next, None)
+        while self._held and self.next is not None:
+            payload = self._take(self.next)
             if payload is None:
                 return
             if self._is_older(payload):
@@ -477,6 +543,12 @@ class Stream:
             self._end()
             if not self._lost_for_good:
                 self.source.trust("gap")
+            self._ask_for_dropped()
+
+    def _ask_for_dropped(self) -> None:
+        if self._had_dropped():
+            self.stats.gaps["gap"] += 1
+            self._begin("gap", self.next)
 
     def _first_of(self, sequence: int) -> int:
         """The first number of the process that gave this one."""
@@ -503,6 +575,10 @@ class Stream:
             if sequence == self.next - 1 and self._is_other(payload):
                 self._restart(0)
                 return False
+            if sequence >= self.next and not self._epochs:
+                # It does not have the batch that would tell.
+                recovery.outcome = "aged_out"
+                self._mistrust_identity()
             recovery.kind = "catch_up"
         return True
 
@@ -531,7 +607,7 @@ class Stream:
             recovery.kind = "gap"
             self.stats.gaps["gap"] += 1
         recovery.applied += 1
-        self._held.pop(sequence, None)
+        self._take(sequence)
         self._apply(sequence, payload)
         self.stats.batches_replayed += 1
         self._drain()
@@ -540,14 +616,20 @@ class Stream:
         """What is missing before ``sequence`` cannot be had."""
         assert self.next is not None
         for number in [*sorted(number for number in self._held if number < sequence), sequence]:
+            payload = self._take(number) if number < sequence else None
+            if payload is not None and self._is_older(payload):
+                self.stats.batches_duplicate += 1  # left over from another process
+                continue
             if number > self.next:
                 at_start = self.next == self._first_of(self.next)
                 self.stats.batches_lost += number - self.next
                 self._mistrust("missed_first" if at_start else "gap")
                 self._lost_for_good = self._lost_for_good or not at_start
                 self.next = number
-            if number < sequence:
-                self._apply(number, self._held.pop(number))
+            if payload is not None:
+                if self._is_unheard():  # and the publisher has forgotten what it was asked for
+                    self._mistrust_identity()
+                self._apply(number, payload)
                 self.stats.batches_late += 1
 
     def _retry(self, recovery: _Recovery, outcome: str) -> None:
@@ -575,6 +657,22 @@ class Stream:
             delay = BACKOFF_SECONDS[min(recovery.attempts, len(BACKOFF_SECONDS) - 1)]
             self.ask = Ask(recovery.start, delay)
 
+    def _is_denied_its_own(self) -> bool:
+        """The publisher says twice that it has nothing that far; whether what is held is its own.
+
+        The other possibility: an old process's, still queued here when that went. Such batches are
+        older than any of its successor's, and are dropped. Where the successor has published
+        nothing to compare them with, they are taken for its own only when it is denied again.
+        """
+        again, self._denied_at = self._denied_at == self.next, self.next
+        comparable = self._timestamp > 0 or self._epochs
+        for sequence, payload in list(self._held.items()):
+            unknown = not (comparable or again or self._connections < 2)
+            if unknown or self._is_older(payload):
+                self._take(sequence)
+                self.stats.batches_duplicate += 1
+        return bool(self._held)
+
     def _go_on_without(self, recovery: _Recovery) -> None:
         """Nobody has what is missing. What came since is applied, and the index is marked."""
         self._end()
@@ -587,7 +685,11 @@ class Stream:
         if self._held and self._recovery is None:  # and another hole
             self.stats.gaps["gap"] += 1
             self._begin("gap", self.next)
-        if recovery.kind != "resume":
+        elif self._recovery is None and self._had_dropped():
+            self._mistrust("gap")
+        if self.next is None:  # heard of, and not heard: what it holds is as unknown as before
+            self.source.trust("disconnected")
+        elif recovery.kind != "resume":
             self.source.trust("unsynchronised", "disconnected")
 
     def _complete(self, recovery: _Recovery) -> None:
@@ -598,17 +700,26 @@ class Stream:
             self.source.trust("gap")
         self.source.trust("unsynchronised", "disconnected")
         self._want_snapshot()
+        if self._recovery is None:
+            self._ask_for_dropped()
 
     def _take_unverified(self) -> None:
         """The publisher is known, or never will be: what was put aside has its turn."""
         unverified, self._unverified = self._unverified, []
+        self._waiting_bytes -= sum(len(payload) for _, payload in unverified)
         for sequence, payload in unverified:
             self._arrived(sequence, payload, 0.0)
 
-    def _drop_unverified(self) -> None:
-        """They are an old process's or in the present one's memory: which, cannot be told."""
-        self.stats.batches_dropped += len(self._unverified)
+    def _forget_waiting(self) -> None:
+        """A new connection or process: begin anew, without what waits.
+
+        That is an old process's or in the present one's memory: which, cannot be told.
+        """
+        self.stats.batches_dropped += len(self._held) + len(self._unverified)
+        self._held.clear()
         self._unverified.clear()
+        self._waiting_bytes = 0
+        self._end()
 
     def _count_queue(self) -> None:
         self.stats.queue_batches = len(self._held) + len(self._unverified)
@@ -621,7 +732,7 @@ class Stream:
         self.source.trust("unsynchronised", "disconnected")
         if self._unverified:
             # They came since, or are left from before: ask for them.
-            self._drop_unverified()
+            self._forget_waiting()
             self._begin("tail" if self.next is not None else "initial", self.next or 0)
 
     def _end(self) -> None:
@@ -638,7 +749,11 @@ class Stream:
 
     def check_stale(self) -> None:
         """Try again to make a stale index true; nothing to do for an engine's own stream."""
-        if self.stats.connected and self._epochs and not self.source.stale.isdisjoint(DATA_REASONS):
+        source = self.source
+        is_due = not source.stale.isdisjoint(DATA_REASONS) or (
+            "index_full" in source.stale and source.has_room()
+        )
+        if self.stats.connected and self._epochs and is_due:
             self._snapshot_due = True
             self._want_snapshot()
 
@@ -669,12 +784,8 @@ class Stream:
         self.stats.sequence = recovery.start
         for sequence in sorted(self._held):
             if sequence < self.next:
-                del self._held[sequence]
+                self._take(sequence)
         self._drain()
         if self._held and self._recovery is None:
             self.stats.gaps["gap"] += 1
             self._begin("gap", self.next)
-
-
-def _clears(events: Iterable[Event]) -> bool:
-    return any(isinstance(event, AllBlocksCleared) and event.medium is None for event in events)

@@ -4,10 +4,13 @@ Runs inside vLLM's engine core, put there by `startup`: a method that tells the 
 pool together with the number of the batch at which that is true, and a publisher that is not kept
 waiting. vLLM 0.32 publishes a step's events at the end of the step; those of a reset (sleep, weight
 update, ``/reset_prefix_cache``) stay queued until the next step that has work, and until then every
-index is wrong about an idle engine. Here they go out with the reset.
+index is wrong about an idle engine. Here they go out with the reset. Its ``AllBlocksCleared`` does
+not say that it is of the GPU's pool, while a connector, whose blocks are in the same stream, was
+reset only if that was asked for, and says nothing of it. Here the clear says which blocks it means.
 Imports nothing of vLLM: it is handed the engine core, whose modules are loaded where it runs.
 Never raises out of a hook.
-Source: vllm/v1/engine/core.py, vllm/v1/core/block_pool.py, vllm/distributed/kv_events.py, 0.32.0.
+Source: vllm/v1/engine/core.py, vllm/v1/core/block_pool.py, vllm/v1/core/sched/scheduler.py,
+vllm/distributed/kv_events.py, 0.32.0.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 METHOD = "llm_worker_kv_truth"  # of EngineCore
 _GROUP_BYTES = 4  # vLLM's key is the hash and the group, big-endian
 _COUNT = "_llm_worker_published"
+_GPU, _ALL = "GPU", "ALL"  # the media that a clear may be of
+_CONNECTORS = ("CPU", "STORAGE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +69,54 @@ def announce_reset(original: Callable[..., Any]) -> Any:
     def reset_prefix_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         try:
-            flush(self)
+            if _publishes(self):
+                asked = kwargs.get("reset_connector", args[1] if len(args) > 1 else False)
+                _publish(self, _after_reset(self.scheduler, bool(asked), bool(result)))
         except Exception:
             log.warning("the reset is published with the next step only", exc_info=True)
         return result
 
     return reset_prefix_cache
+
+
+def _after_reset(scheduler: Any, connector_too: bool, succeeded: bool) -> list[Any]:
+    """What is queued when a reset has been made, and of which blocks that was.
+
+    A connector that was asked to reset, and did not refuse, counts as empty. Where the pool could
+    not be reset, whether the connector refused is not known: better too few of its blocks are held
+    by an index than some that are gone.
+    """
+    connector, kinds = scheduler.connector, sys.modules["vllm.distributed.kv_events"]
+    events = list(scheduler.kv_cache_manager.take_events())
+    if connector is None:
+        return events  # as vLLM says it: the pool's blocks are all
+    rest = [event for event in events if type(event) is not kinds.AllBlocksCleared]
+    pool_too = len(rest) < len(events)
+    if connector_too:
+        told = _take_events(connector)
+        rest += [event for event in told if type(event) is not kinds.AllBlocksCleared]
+    if pool_too:
+        media = [_ALL if connector_too and succeeded else _GPU]
+    else:
+        media = list(_CONNECTORS) if connector_too else []
+    return rest + [_cleared(kinds, medium) for medium in media]
+
+
+def _take_events(connector: Any) -> list[Any]:
+    """What a connector would tell after the next step only, behind its clear."""
+    try:
+        return list(connector.take_events())
+    except Exception:
+        log.warning("the connector tells of its blocks after the reset only", exc_info=True)
+        return []
+
+
+def _cleared(kinds: Any, medium: str) -> Any:
+    """vLLM's event with the medium, which it does not have; who knows none reads it as vLLM's."""
+    import msgspec
+
+    base = kinds.AllBlocksCleared
+    return msgspec.defstruct(base.__name__, [("medium", str)], bases=(base,))(medium)
 
 
 def add(_: Callable[..., Any]) -> Any:
@@ -83,14 +130,19 @@ def add(_: Callable[..., Any]) -> Any:
 
 def flush(core: Any) -> None:
     """Publish the events that are queued; on the engine core's own thread, between two steps."""
-    scheduler = core.scheduler
-    publisher = scheduler.kv_event_publisher
-    if publisher is None or not hasattr(publisher, "_event_queue"):  # events are off
-        return
-    events = scheduler.kv_cache_manager.take_events()
+    if _publishes(core):
+        _publish(core, core.scheduler.kv_cache_manager.take_events())
+
+
+def _publishes(core: Any) -> bool:
+    """Whether events are on."""
+    return hasattr(core.scheduler.kv_event_publisher, "_event_queue")
+
+
+def _publish(core: Any, events: list[Any]) -> None:
     if events:
         batch = sys.modules["vllm.distributed.kv_events"].KVEventBatch
-        publisher.publish(batch(ts=time.time(), events=events))
+        core.scheduler.kv_event_publisher.publish(batch(ts=time.time(), events=events))
 
 
 def held(core: Any, full: bool) -> dict[str, Any]:

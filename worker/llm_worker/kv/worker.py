@@ -62,6 +62,7 @@ class WorkerKv:
         self._connector = connector
         self._auditor: Auditor | None = None
         self._hash_blocks: HashBlocks | None = None
+        self._max_tokens: int | None = None
         if plane is not None:
             self.pipeline.add_outlet(self._open(plane))
 
@@ -72,9 +73,15 @@ class WorkerKv:
         block_size: int | None,
         truth: Callable[[bool], Sequence[Truth]],
         hash_blocks: HashBlocks | None,
+        max_tokens: int | None = None,
     ) -> None:
-        """Listen to the engine, which is up. ``truth`` and ``hash_blocks`` may block."""
+        """Listen to the engine, which is up. ``truth`` and ``hash_blocks`` may block.
+
+        ``block_size`` is that of its first KV-cache group, in tokens, ``max_tokens`` what a request
+        may have.
+        """
         self._hash_blocks = hash_blocks
+        self._max_tokens = max_tokens
         self.pipeline.start()
         for source in sources:
             self._listen(source, block_size, part=ENGINE if self._connector else None)
@@ -131,6 +138,7 @@ class WorkerKv:
             listeners=self._listeners,
             planes=self._planes,
             hash_blocks=self._hash,
+            max_tokens=lambda: self._max_tokens,
             audit=self._audit,
         )
 
