@@ -122,13 +122,15 @@ class Listener:
     def close(self) -> None:
         """Let go of the sockets; what was not read is lost."""
         self._close_dealer()
+        if self._sub is not None:
+            # First: once nobody is at the monitor's other end, an event makes libzmq's thread wait
+            # there for ever, with the lock that this takes.
+            self._sub.disable_monitor()
         for socket in (self._monitor, self._sub):
             if socket is None:
                 continue
             if self._poller is not None:
                 self._poller.unregister(socket)
-            if socket is self._sub:
-                socket.disable_monitor()
             socket.close(linger=0)
         self._sub = self._monitor = None
         if self.stats.connected:
