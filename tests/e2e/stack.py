@@ -112,6 +112,23 @@ class Stack:
         )
         return dict(json.loads(done.stdout)[0])
 
+    def assert_locked_down(self, service: str) -> None:
+        """Healthy, read-only, without capabilities, bounded, loopback only, with rotated logs."""
+        container = self.inspect(service)
+        host = container["HostConfig"]
+        published = [p for ports in (host["PortBindings"] or {}).values() for p in ports]
+
+        assert container["State"]["Health"]["Status"] == "healthy"
+        assert host["ReadonlyRootfs"] is True
+        assert host["CapDrop"] == ["ALL"]
+        assert not host["CapAdd"]
+        assert host["SecurityOpt"] == ["no-new-privileges:true"]
+        assert host["Memory"] > 0
+        assert host["PidsLimit"] > 0
+        assert host["RestartPolicy"]["Name"] == "unless-stopped"
+        assert host["LogConfig"]["Config"]["max-size"]
+        assert {binding["HostIp"] for binding in published} <= {"127.0.0.1"}
+
     def restart(self, service: str) -> None:
         """Restart a service's container, as `docker compose restart` does."""
         command = [*self.compose.docker_compose_command(), "restart", service]
