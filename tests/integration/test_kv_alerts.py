@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -155,6 +156,11 @@ class Site:
             rank=0,
             block_size=block_size,
         )
+
+    def was_slow(self) -> bool:
+        """Whether a batch was indexed more than a second after it was made."""
+        lags = [listener.stats.lag for listener in self.pipeline.listeners]
+        return any(sum(lag.counts[bisect_left(lag.bounds, 1.0) + 1 :]) for lag in lags)
 
     def close(self) -> None:
         self.pipeline.close()
@@ -704,8 +710,10 @@ def test_nothing_else_fires(drill: Drill) -> None:
         "every fault is reported",
     )
     for site in drill.sites:
-        seen = drill.seen.get(site.address, set())
-        assert seen - site.in_time <= site.fires, type(site).__name__
+        seen = drill.seen.get(site.address, set()) - site.in_time
+        if site.was_slow():
+            seen.discard("KvLagHigh")  # this machine was, and so it is right
+        assert seen <= site.fires, type(site).__name__
 
 
 def test_every_recording_rule_about_kv_events_returns_data(drill: Drill) -> None:

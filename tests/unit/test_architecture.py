@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv.merge": {"kv.consolidator", "kv.events", "kv.index", "kv.stats", "kv.stream"},
     "kv.pipeline": {"kv.index", "kv.listener", "kv.merge", "kv.stats", "kv.stream"},
     "kv.transport": {"kv.stats"},
-    "kv.publisher": {"kv.stats", "kv.transport"},
+    "kv.publisher": {"kv.events", "kv.stats", "kv.transport"},
     "kv.trtllm": {"kv.events", "kv.publisher"},
     "kv.poller": {"kv.events", "kv.publisher", "kv.trtllm"},
     "kv.topics": {"kv.events", "kv.index"},

@@ -260,9 +260,10 @@ class Worker:
             log.warning("the engine does not tell what its KV cache holds: %s", error)
         self.kv.start(
             engine.kv_event_sources(),
-            block_size=engine.info().block_size_tokens,
+            block_size=engine.kv_block_size_tokens(),
             truth=truth,
             hash_blocks=engine.hash_blocks,
+            max_tokens=engine.info().max_model_len_tokens,
         )
 
     async def _announce(self, started: asyncio.Event) -> None:

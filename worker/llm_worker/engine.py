@@ -293,6 +293,11 @@ class Engine:
         self._hashing = truth.Hashing.of(told[0]) if told else None
         return told
 
+    def kv_block_size_tokens(self) -> int:
+        """The size of the blocks that KV events name: what the engine told, else as configured."""
+        hashing = self._hashing
+        return self.info().block_size_tokens if hashing is None else hashing.block_size
+
     def hash_blocks(
         self, asked: str | Sequence[int], adapter: str | None, cache_salt: str | None
     ) -> list[int | bytes]:

@@ -271,7 +271,7 @@ missing = Section(
         time_series(
             "Trouble in the listener",
             Reading(
-                "Reconnects, batches that broke the listener, and bursts whose blocks had another "
+                "Reconnects, batches that broke the listener, and batches whose blocks had another "
                 "size than the rank's.",
                 "It goes on after each; the reason should not.",
                 "0, and one reconnect for each restart of an engine.",

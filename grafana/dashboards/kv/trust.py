@@ -48,8 +48,8 @@ trust = Section(
                 "Each reason has another remedy.",
                 "Empty. unsynchronised stands for a rank that was never heard: it may be idle.",
                 "gap, missed_first: runbook KvGapNotHealed. disconnected: KvListenerDown or "
-                "KvFleetWorkerDisconnected. upstream: look at the worker's own index and its plane. The "
-                "others: KvSourceStale.",
+                "KvFleetWorkerDisconnected. upstream: look at the worker's own index and its "
+                "plane. The others: KvSourceStale.",
             ),
             [*BY_RANK, "reason"],
             [

@@ -9,7 +9,14 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.events import AllBlocksCleared, Batch, BlockRemoved, BlockStored, Decoder
+from llm_worker.kv.events import (
+    ALL_MEDIA,
+    AllBlocksCleared,
+    Batch,
+    BlockRemoved,
+    BlockStored,
+    Decoder,
+)
 from llm_worker.kv.publisher import ZmqKvEventPublisher, offset_port, unsigned
 from llm_worker.kv.transport import EventSocket
 
@@ -55,7 +62,7 @@ def test_each_call_is_one_message_that_says_what_was_said(publisher: ZmqKvEventP
     assert (stored.block_size, stored.medium, stored.adapter) == (4, "gpu", "a")
     assert stored.extra_keys == [["a"], None]
     assert removed == BlockRemoved(hashes=[(1 << 64) - 1], medium="cpu", group=1)
-    assert cleared == AllBlocksCleared()
+    assert cleared == AllBlocksCleared(medium=ALL_MEDIA)
 
 
 def test_a_batch_is_one_message_for_each_run_of_a_rank(publisher: ZmqKvEventPublisher) -> None:
@@ -99,7 +106,7 @@ def test_a_loss_is_a_clear_and_a_hole_in_the_numbers(publisher: ZmqKvEventPublis
     assert [message.sequence for message in messages] == [0, 1, 3, 4]
     assert [batch.events for batch in sent(publisher)] == [
         [BlockRemoved(hashes=[1])],
-        [AllBlocksCleared()],
+        [AllBlocksCleared(medium=ALL_MEDIA)],
         [],
         [BlockRemoved(hashes=[2])],
     ]

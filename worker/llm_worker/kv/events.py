@@ -17,6 +17,9 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 Hash: TypeAlias = int | bytes  # integers are unsigned, 64 bits
+# The medium of a clear that is of all on purpose. One that names none may be of the GPU's blocks
+# only: vLLM 0.32 says nothing of what a connector keeps.
+ALL_MEDIA = "all"
 HASH_MASK = (1 << 64) - 1
 MAX_PAYLOAD_BYTES = 16 << 20  # a step of a million token ids is 5 MB
 MAX_HASH_BYTES = 64  # sha256 has 32

@@ -17,6 +17,7 @@ from itertools import islice, takewhile
 from typing import Protocol
 
 from llm_worker.kv.events import (
+    ALL_MEDIA,
     HASH_MASK,
     BlockRemoved,
     BlockStored,
@@ -30,9 +31,6 @@ MAX_TIPS = 4096  # of one lane: chains that may go on
 MAX_LANES = 4096  # of one source: media times groups times adapters
 SWEEP_LANES = 64  # of one source: those that hold nothing are dropped from here on, now and then
 GPU = "gpu"
-# The medium of a clear that is of all on purpose. One that names none may be of the GPU's blocks
-# only: vLLM 0.32 says nothing of what a connector keeps.
-ALL_MEDIA = "all"
 SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
 
 # Why the block after the last one that is held is a miss. Closed set.

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from llm_worker.kv.consolidator import Consolidator
-from llm_worker.kv.events import AllBlocksCleared, Event, encode
-from llm_worker.kv.index import ALL_MEDIA, MAX_LANES, Lane, Source
+from llm_worker.kv.events import ALL_MEDIA, AllBlocksCleared, Event, encode
+from llm_worker.kv.index import MAX_LANES, Lane, Source
 from llm_worker.kv.stats import MergeStats
 from llm_worker.kv.stream import Outlet
 

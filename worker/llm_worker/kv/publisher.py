@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from llm_worker.kv.events import ALL_MEDIA
 from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.transport import EventSocket
 
@@ -167,7 +168,7 @@ class ZmqKvEventPublisher:
         Raises:
             RuntimeError: it is shut down.
         """
-        self._publish({"type": "AllBlocksCleared"}, attention_dp_rank)
+        self._publish(_CLEARED, attention_dp_rank)
 
     def publish_lost(self, *, attention_dp_rank: int | None = None) -> None:
         """Events of the engine were lost: what it holds is not known any more.
@@ -184,7 +185,7 @@ class ZmqKvEventPublisher:
             if self._batched is not None:
                 batched, self._batched = self._batched, []
                 self._send_runs(batched)
-            self._send([{"type": "AllBlocksCleared"}], rank)
+            self._send([_CLEARED], rank)
             self.socket.skip(self._topic)
             self._send([], rank)
 
@@ -223,6 +224,10 @@ class ZmqKvEventPublisher:
 
     def _send(self, events: list[dict[str, Any]], rank: int) -> None:
         self.socket.publish(self._encode((self._clock(), events, rank)), self._topic)
+
+
+# vLLM's event has no medium, and its readers ignore one; ours take it for "on all media".
+_CLEARED = {"type": "AllBlocksCleared", "medium": ALL_MEDIA.upper()}
 
 
 def offset_port(endpoint: str, rank: int) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llm_worker.kv.events import (
+    ALL_MEDIA,
     AllBlocksCleared,
     Batch,
     Decoder,
@@ -31,7 +32,7 @@ from llm_worker.kv.events import (
     WireError,
     encode,
 )
-from llm_worker.kv.index import ALL_MEDIA, Sink
+from llm_worker.kv.index import Sink
 from llm_worker.kv.stats import ListenerStats
 
 EPOCH_BITS = 32
