@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -293,6 +294,15 @@ def posts(routes: Any) -> Iterator[str]:
             yield from posts(getattr(route, "routes", None) or ())
 
 
+@pytest.fixture
+def _root_logger() -> Iterator[None]:
+    """vLLM's application sets its level, to the end of the process."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+
+
+@pytest.mark.usefixtures("_root_logger")
 def test_every_route_that_asks_the_model_is_in_the_ledgers_list() -> None:
     """What vLLM refuses on a route that is not in the list would be in no account."""
     from vllm.entrypoints.launchers.app import build_app
