@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
@@ -232,23 +231,9 @@ async def serve_ranks_and_die(directory: str) -> dict[str, Any]:
     return found
 
 
-async def be_killed(directory: str) -> dict[str, Any]:
-    """Start an engine, tell its processes, and wait for SIGKILL."""
-    from prometheus_client import CollectorRegistry
-
-    os.environ["LLM_WORKER_PARENT_PID"] = str(os.getpid())
-    await build(directory, CollectorRegistry())
-    children = psutil.Process().children(recursive=True)
-    told = {"children": [c.pid for c in children], "names": [c.name() for c in children]}
-    print(json.dumps(told), flush=True)
-    await asyncio.sleep(600)
-    return {}
-
-
 SCENARIOS = {
     "everything": serve_everything,
     "ranks": serve_ranks_and_die,
-    "killed": be_killed,
 }
 
 
@@ -464,34 +449,6 @@ def test_requests_on_a_dead_engine_are_errors_and_none_stays_in_flight(
     assert ended(page) == {"errored/engine_dead": 7}
     assert page[f'requests_in_flight{{model_name="{NAME}"}}'] == 0
     assert_identity(page)
-
-
-def test_no_engine_process_outlives_a_worker_that_was_killed(tmp_path: Path) -> None:
-    """SIGKILL leaves the API process no chance to clean up; the kernel does it."""
-    with subprocess.Popen(
-        [sys.executable, __file__, "killed", str(tmp_path)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        told = next(line for line in process.stdout if line.startswith('{"children"'))
-        children = json.loads(told)
-        assert any("VLLM" in name for name in children["names"]), children
-        process.kill()
-    deadline = time.monotonic() + 10
-    left = children["children"]
-    while left and time.monotonic() < deadline:
-        time.sleep(0.1)
-        left = [pid for pid in left if _alive(pid)]
-    assert left == []
-
-
-def _alive(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 # ------------------------------------------------------------------------------- plain vllm serve
