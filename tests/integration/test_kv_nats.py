@@ -108,6 +108,14 @@ def plane(worker: Worker, url: str, **options: float) -> NatsPlane:
     return made
 
 
+def followed(worker: Worker, fleets: Callable[..., Fleet]) -> Fleet:
+    """A fleet that was there before the worker's first 20 batches and holds what they say."""
+    fleet = fleets()
+    worker.store(20)
+    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    return fleet
+
+
 def test_a_fleet_that_comes_late_holds_what_the_worker_holds(
     server: NatsServer, worker: Worker, fleets: Callable[..., Fleet]
 ) -> None:
@@ -141,9 +149,7 @@ def test_a_killed_server_costs_nothing_that_fits_into_the_buffer(
     monkeypatch.setattr(nats_source, "_LATE_SECONDS", 60.0)
     monkeypatch.setattr(nats_source, "_TAIL_SECONDS", 60.0)
     mine = plane(worker, server.url, buffer_batches=1_000_000)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     served = mine.stats.snapshots_served
     stop = threading.Event()
 
@@ -179,9 +185,7 @@ def test_an_outage_longer_than_the_buffer_is_counted_and_healed_by_a_snapshot(
 ) -> None:
     """Receivers see the hole in the numbers, whatever else is dropped."""
     mine = plane(worker, server.url, buffer_batches=100)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     server.kill()
     until("the plane to notice", lambda: not mine.stats.up)
     worker.store(1000)
@@ -203,9 +207,7 @@ def test_a_server_that_comes_back_empty_is_filled_again(
 ) -> None:
     """Another stream under the same name: the planes' numbers say that nothing is missing."""
     plane(worker, server.url)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     server.kill()
     server.forget()
     worker.store(20)
@@ -227,9 +229,7 @@ def test_a_tail_that_the_server_lost_is_missed_without_another_batch(
     """The worker says how far it is; a fleet that stays behind takes a snapshot."""
     monkeypatch.setattr(nats_source, "_TAIL_SECONDS", 1.0)
     mine = plane(worker, server.url)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     server.kill()
     until("the plane to notice", lambda: not mine.stats.up)
     worker.store(3)
@@ -274,9 +274,7 @@ def test_a_disk_that_fills_up_costs_what_does_not_fit_into_the_buffer(
     server.configure(max_file_store="4MB")
     server.start()
     mine = plane(worker, server.url, buffer_batches=50, max_bytes=1 << 20)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     until("all stored", lambda: mine.stats.acknowledged_batches == 20)
     asyncio.run(fill(server.url))
     worker.store(200)
@@ -410,9 +408,7 @@ def test_what_breaks_the_index_costs_a_reader_that_batch(
 ) -> None:
     """It is counted, the same reader goes on, and a snapshot that does not break it decides."""
     plane(worker, server.url)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     (listener,) = fleet.source.listeners()
     (held,) = fleet.index.sources()
     apply, poison = Source.apply, 1 << 62
@@ -454,9 +450,7 @@ def test_a_slow_consumer_that_the_stream_outran_is_healed(
 ) -> None:
     """The stream drops its oldest while nobody reads; the hole is seen and a snapshot fills it."""
     mine = plane(worker, server.url, max_bytes=16 << 10)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     fleet.hold.clear()
     worker.store(5000)
     until("all stored", lambda: mine.stats.buffered_batches == 0)
@@ -472,9 +466,7 @@ def test_a_restarted_worker_begins_anew(
 ) -> None:
     """Its new epoch clears what its predecessor held, though both are in one stream."""
     plane(worker, server.url, epoch=1_000_000)
-    fleet = fleets()
-    worker.store(20)
-    until("the fleet to be the same", lambda: same(worker, fleet.index))
+    fleet = followed(worker, fleets)
     assert worker.plane is not None
     worker.plane.close()
     until("the fleet to miss it", lambda: "disconnected" in fleet.index.sources()[0].stale)

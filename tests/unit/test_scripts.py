@@ -169,8 +169,11 @@ case $1-$2 in version-*) echo "$ENGINE" ;; compose-version) echo 2.40.0 ;; esac
 """
 
 
+Stub = Callable[..., tuple[subprocess.CompletedProcess[str], str]]
+
+
 @pytest.fixture
-def stub(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], str]]:
+def stub(tmp_path: Path) -> Stub:
     """Runs scripts/up with a docker that only writes down what it was asked."""
     docker = tmp_path / "docker"
     docker.write_text(STUB_DOCKER, encoding="utf-8")
@@ -192,9 +195,6 @@ def stub(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str]
         return done, calls.read_text(encoding="utf-8")
 
     return up
-
-
-Stub = Callable[..., tuple[subprocess.CompletedProcess[str], str]]
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_none_of_it(stub: Stub) -> None:

@@ -20,13 +20,12 @@ from functools import reduce
 from operator import xor
 from typing import Any, Protocol
 
-from llm_worker.kv.events import Hash
+from llm_worker.kv.events import GPU, Hash
 from llm_worker.kv.index import Sink
 from llm_worker.kv.stats import AuditStats, ListenerStats
 
 log = logging.getLogger(__name__)
 
-MEDIUM = "gpu"  # what the block pool holds; connectors keep their own
 CATCH_UP_SECONDS = 2.0
 INTERVAL_SECONDS = 60.0
 AGAIN_SECONDS = 600.0  # after a verdict, though nothing has happened: whoever watches sees its age
@@ -269,7 +268,7 @@ class Auditor:
                 return None
             found: dict[int, list[Hash]] = {}
             for lane in ranked.source.lanes():
-                if lane.medium == MEDIUM and lane.parents:
+                if lane.medium == GPU and lane.parents:
                     found.setdefault(lane.group or 0, []).extend(lane.parents)
             return found
 

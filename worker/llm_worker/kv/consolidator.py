@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
-from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
+from llm_worker.kv.events import GPU, AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 from llm_worker.kv.stats import MergeStats
 
 _Place: TypeAlias = tuple[str, int]  # medium and group: all that a removal says
@@ -79,7 +79,7 @@ class Consolidator:
         """Whether a source holds blocks of a rank that are not the GPU's."""
         merged = self._ranks.get(rank)
         lanes = {} if merged is None else merged.sources.get(source, {})
-        return any(key[0] != "gpu" and lane for key, lane in lanes.items())
+        return any(key[0] != GPU and lane for key, lane in lanes.items())
 
     def memory_bytes(self) -> int:
         """What is remembered, in bytes: tables, and hashes that are not the reader's own objects.
@@ -126,7 +126,7 @@ class _Rank:
         self.adapters: dict[_Place, dict[str | None, int]] = {}  # of holders; their block sizes
 
     def store(self, source: str, event: BlockStored, out: list[Event]) -> None:
-        key = (event.medium or "gpu", event.group or 0, event.adapter)
+        key = (event.medium or GPU, event.group or 0, event.adapter)
         holders = self.holders.get(key)
         if holders is None and len(self.holders) >= self.max_lanes:
             self.stats.refused_blocks += len(event.hashes)
@@ -165,7 +165,7 @@ class _Rank:
             del self.holders[key], self.adapters[key[:2]][event.adapter]
 
     def remove(self, source: str, event: BlockRemoved, out: list[Event]) -> None:
-        place = (event.medium or "gpu", event.group or 0)
+        place = (event.medium or GPU, event.group or 0)
         lanes = self.sources.get(source, {})
         gone: list[tuple[_Lane, Hash]] = []
         for value in event.hashes:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 Hash: TypeAlias = int | bytes  # integers are unsigned, 64 bits
+GPU = "gpu"  # the medium of the engine's own block pool; connectors keep others
 # The medium of a clear that is of all on purpose. One that names none may be of the GPU's blocks
 # only: vLLM 0.32 says nothing of what a connector keeps.
 ALL_MEDIA = "all"

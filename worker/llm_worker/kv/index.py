@@ -18,6 +18,7 @@ from typing import Protocol
 
 from llm_worker.kv.events import (
     ALL_MEDIA,
+    GPU,
     HASH_MASK,
     BlockRemoved,
     BlockStored,
@@ -30,7 +31,6 @@ UNBOUNDED = 1 << 62
 MAX_TIPS = 4096  # of one lane: chains that may go on
 MAX_LANES = 4096  # of one source: media times groups times adapters
 SWEEP_LANES = 64  # of one source: those that hold nothing are dropped from here on, now and then
-GPU = "gpu"
 SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
 
 # Why the block after the last one that is held is a miss. Closed set.
@@ -516,7 +516,7 @@ class Index:
             blocks_by_medium = source.held(hashes, adapter, group)
             hit = hit or bool(blocks_by_medium)
             if misses and not blocks_by_medium:
-                blocks_by_medium = {"gpu": 0}
+                blocks_by_medium = {GPU: 0}
             for medium, blocks in blocks_by_medium.items():
                 miss = source.why_missing(hashes, blocks, medium, adapter, group)
                 found.append(Held(source.worker, source.rank, medium, blocks, miss, source.stale))
