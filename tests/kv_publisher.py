@@ -61,7 +61,7 @@ def _publish(connection: Connection, options: dict[str, Any]) -> None:
 
 def _listen(connection: Connection, endpoint: str, replay_endpoint: str | None) -> None:
     """The listener's process: a question in, its state out."""
-    from llm_worker.kv.index import Index
+    from llm_worker.kv.index.index import Index
     from llm_worker.kv.pipeline import Pipeline
 
     index = Index()

@@ -28,7 +28,7 @@ _KV_EVENTS = Need(
     "worker-kv",
     demo=True,
 )
-_FLEET = Need("a fleet index (`python -m llm_worker.kv.service`).", "kv-index", demo=True)
+_FLEET = Need("a fleet index (`python -m llm_worker.fleet`).", "kv-index", demo=True)
 
 # (dashboard uid, panel title) -> why it may be empty.
 NEEDS: dict[tuple[str, str], Need] = {

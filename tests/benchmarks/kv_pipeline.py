@@ -50,8 +50,8 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "worker"))
 
-from llm_worker.kv.events import Decoder
-from llm_worker.kv.index import Index
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.wire import Decoder
 
 CHAIN_BLOCKS = 64  # of one prompt
 PREFIX_BLOCKS = 1000  # of the prompt that is asked for

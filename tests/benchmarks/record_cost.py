@@ -35,7 +35,7 @@ def configuration(directory: Path) -> Any:
     """vLLM's real configuration of the tiny model, as it is once the engine is up."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from llm_worker import tiny
+    from llm_worker.serving import tiny
 
     model = tiny.make(directory / "tiny")
     config = EngineArgs(
@@ -111,9 +111,9 @@ def compare(directory: Path, rounds: int, steps: int) -> tuple[list[float], list
     from prometheus_client import CollectorRegistry
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    from llm_worker import stats
-    from llm_worker.config import GoodputTargets
     from llm_worker.metrics import Metrics
+    from llm_worker.serving import stat_logger as stats
+    from llm_worker.settings.worker import GoodputTargets
 
     config = configuration(directory)
     ours = stats.bind(Metrics(CollectorRegistry()), GoodputTargets())(
@@ -150,8 +150,8 @@ def ledger_cost(rounds: int) -> float:
     """Microseconds the ledger's wrapper adds to one streamed output (median)."""
     from prometheus_client import CollectorRegistry
 
-    from llm_worker import ledger
     from llm_worker.metrics import Metrics
+    from llm_worker.serving import ledger
 
     ledger.install_ledger(Metrics(CollectorRegistry()))
     counted = ledger._counted(_plain)

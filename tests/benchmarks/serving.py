@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "worker"))
 
-from llm_worker import tiny
+from llm_worker.serving import tiny
 from worker_process import WorkerProcess, free_ports
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llm_worker.kv.events import (
+from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.wire import (
     HASH_MASK,
     AllBlocksCleared,
     BlockRemoved,
@@ -18,7 +19,6 @@ from llm_worker.kv.events import (
     Hash,
     encode,
 )
-from llm_worker.kv.index import Index, Source
 
 RECORDINGS = Path(__file__).parent / "kv_events"
 RELEASES = sorted(path.stem for path in RECORDINGS.glob("vllm-*.json"))
@@ -153,7 +153,7 @@ def test_what_an_engine_said_survives_our_own_encoding(engine: str) -> None:
 @pytest.mark.parametrize("name", [*ENGINES, *RELEASES])
 def test_damaged_recordings_crash_nothing(name: str) -> None:
     """Every byte of a recorded payload flipped once, and every end cut off."""
-    from llm_worker.kv.events import WireError
+    from llm_worker.kv.wire import WireError
 
     decoder = Decoder()
     for line in recording(name)["batches"][:4]:

@@ -111,7 +111,7 @@ def test_a_stat_logger_is_built_and_called_as_ours_expect() -> None:
     """Aggregate classes get engine_indexes, by keyword; record gets engine_idx."""
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerBase, StatLoggerManager
 
-    from llm_worker import stats
+    from llm_worker.serving import stat_logger as stats
 
     assert parameters(AggregateStatLoggerBase.__init__) == ["self", "vllm_config", "engine_indexes"]
     for ours in (stats.StatLogger, stats.PluginStatLogger):
@@ -128,7 +128,7 @@ def test_the_plugin_is_a_class_that_vllm_accepts() -> None:
     """Found through the installed entry point; vLLM refuses to start on anything else."""
     from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
-    from llm_worker.stats import PluginStatLogger
+    from llm_worker.serving.stat_logger import PluginStatLogger
 
     assert PluginStatLogger in load_stat_logger_plugin_factories()
 
@@ -228,8 +228,8 @@ def test_every_start_up_hook_has_its_method() -> None:
     """Without one the facts, or the KV cache's truth, would be unknown, silently."""
     import importlib
 
-    from llm_worker import startup
-    from llm_worker.kv import truth
+    from llm_worker.serving import core_truth as truth
+    from llm_worker.serving import hooks as startup
 
     for module, owner, method, _ in startup._HOOKS:
         cls = getattr(importlib.import_module(module), owner)
@@ -310,7 +310,7 @@ def test_every_route_that_asks_the_model_is_in_the_ledgers_list() -> None:
     from vllm.tasks import FRONTEND_TASKS, GENERATION_TASKS, POOLING_TASKS
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from llm_worker.ledger import INFERENCE
+    from llm_worker.serving.ledger import INFERENCE
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     app = build_app(args, (*FRONTEND_TASKS, *GENERATION_TASKS, *POOLING_TASKS), None)
@@ -329,7 +329,7 @@ def test_no_option_of_vllms_is_taken_for_one_of_ours() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from llm_worker.config import FLAG_PREFIX, THEIRS, load
+    from llm_worker.settings.worker import FLAG_PREFIX, THEIRS, load
 
     parser = make_arg_parser(FlexibleArgumentParser())
     options = {option for action in parser._actions for option in action.option_strings}
@@ -357,7 +357,7 @@ def test_the_coordinator_of_ranks_is_sent_a_function_of_ours_that_runs_vllms() -
 
     from vllm.v1.engine.coordinator import DPCoordinatorProc
 
-    from llm_worker import startup
+    from llm_worker.serving import hooks as startup
 
     startup.install()
     assert pickle.loads(pickle.dumps(DPCoordinatorProc.run_coordinator)) is startup.run_coordinator

@@ -22,19 +22,19 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Summary
 
-from llm_worker.exposition import Exposition
+from llm_worker.exposition.exposition import Exposition
+from llm_worker.exposition.negotiation import OPENMETRICS
 from llm_worker.metrics import Metrics
-from llm_worker.negotiation import OPENMETRICS
 
 # What every script below starts with. `shown` and `values` use prometheus_client's strict parser.
 PRELUDE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from llm_worker.multiprocess import MultiprocessError, prepare_multiprocess
+from llm_worker.exposition.multiprocess import MultiprocessError, prepare_multiprocess
 
 def exposition(directory, registry=None):
     from prometheus_client import CollectorRegistry
-    from llm_worker.exposition import Exposition
+    from llm_worker.exposition.exposition import Exposition
     from llm_worker.metrics import Metrics
     page = Exposition(Metrics(CollectorRegistry()))
     if registry is not None:
@@ -110,7 +110,7 @@ def test_one_process_prepares_nothing_and_imports_nothing() -> None:
     run("""
         assert prepare_multiprocess(None) is None
         assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
-        import llm_worker.exposition
+        import llm_worker.exposition.exposition
         assert not [m for m in sys.modules if m.startswith("prometheus_client")]
     """)
 

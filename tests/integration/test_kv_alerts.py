@@ -29,18 +29,18 @@ import zmq
 from prometheus_client import CollectorRegistry
 
 import waiting
-from llm_worker.exposition import Exposition
-from llm_worker.kv import topics
-from llm_worker.kv.audit import Auditor, digest
-from llm_worker.kv.events import AllBlocksCleared, BlockStored, encode
-from llm_worker.kv.index import Index
-from llm_worker.kv.metrics import KvCollector
-from llm_worker.kv.nats_plane import NatsPlane
+from llm_worker.exposition.exposition import Exposition
+from llm_worker.kv.collector import KvCollector
+from llm_worker.kv.follow.stream import CAPACITY_BATCHES
+from llm_worker.kv.index.audit import Auditor, digest
+from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.kv.plane import ZmqPlane
+from llm_worker.kv.plane import topics
+from llm_worker.kv.plane.nats_plane import NatsPlane
+from llm_worker.kv.plane.transport import EventSocket
+from llm_worker.kv.plane.zmq_plane import ZmqPlane
 from llm_worker.kv.stats import AuditStats
-from llm_worker.kv.stream import CAPACITY_BATCHES
-from llm_worker.kv.transport import EventSocket
+from llm_worker.kv.wire import AllBlocksCleared, BlockStored, encode
 from llm_worker.metrics import Metrics
 from worker_process import free_ports
 

@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from llm_worker.kv import truth
-from llm_worker.kv.consolidator import Consolidator
-from llm_worker.kv.events import Decoder, Hash
-from llm_worker.kv.index import Index, Source
+from llm_worker.kv.follow.consolidator import Consolidator
+from llm_worker.kv.follow.stream import Stream
+from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.stream import Stream
+from llm_worker.kv.wire import Decoder, Hash
+from llm_worker.serving import core_truth as truth
 
 pytestmark = pytest.mark.needs("vllm")
 

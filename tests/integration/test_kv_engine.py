@@ -16,11 +16,11 @@ import httpx
 import pytest
 
 import waiting
-from llm_worker.kv.events import Hash
-from llm_worker.kv.index import Index, Source
-from llm_worker.kv.listener import Listener
+from llm_worker.kv.follow.listener import Listener
+from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.tiny import CONFIG
+from llm_worker.kv.wire import Hash
+from llm_worker.serving.tiny import CONFIG
 from worker_process import WorkerProcess, free_ports
 
 pytestmark = pytest.mark.needs("vllm")

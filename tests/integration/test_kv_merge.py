@@ -9,9 +9,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from llm_worker.kv.index import Source
-from llm_worker.kv.publisher import ZmqKvEventPublisher
+from llm_worker.kv.index.index import Source
 from llm_worker.kv.routes import reading
+from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.worker import EventSource, WorkerKv
 from waiting import until
 

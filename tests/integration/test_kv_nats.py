@@ -16,11 +16,12 @@ import nats.js.errors
 import pytest
 
 from kv_fleet import BLOCK_SIZE, Worker, same, until
-from llm_worker.kv import nats_plane, nats_source
-from llm_worker.kv.events import BlockStored, Event, Hash
-from llm_worker.kv.index import Index, Source
-from llm_worker.kv.nats_plane import NatsPlane
-from llm_worker.kv.nats_source import NatsSource
+from llm_worker.fleet import nats_reader as nats_source
+from llm_worker.fleet.nats_reader import NatsSource
+from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.plane import nats_plane
+from llm_worker.kv.plane.nats_plane import NatsPlane
+from llm_worker.kv.wire import BlockStored, Event, Hash
 from nats_process import NatsServer, Proxy
 from worker_process import WorkerProcess, free_ports
 
@@ -585,7 +586,7 @@ def test_a_workers_blocks_reach_a_fleet_service(server: NatsServer, tmp_path: Pa
         ),
     )  # fmt: skip
     command = [
-        sys.executable, "-m", "llm_worker.kv.service", "--source", server.url,
+        sys.executable, "-m", "llm_worker.fleet", "--source", server.url,
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with (tmp_path / "fleet.log").open("wb") as log:

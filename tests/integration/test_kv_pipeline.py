@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from llm_worker.kv.events import BlockStored, Event, Hash, encode
-from llm_worker.kv.index import Index, Sink, Source
-from llm_worker.kv.listener import Listener
+from llm_worker.kv.follow.listener import Listener
+from llm_worker.kv.index.index import Index, Sink, Source
 from llm_worker.kv.pipeline import Pipeline
+from llm_worker.kv.plane.transport import EventSocket
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.transport import EventSocket
+from llm_worker.kv.wire import BlockStored, Event, Hash, encode
 from waiting import until
 
 

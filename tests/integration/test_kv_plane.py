@@ -12,15 +12,15 @@ import pytest
 import zmq
 
 from kv_fleet import Worker, same, until
-from llm_worker.kv import fleet as fleet_module
-from llm_worker.kv.events import AllBlocksCleared, Decoder
-from llm_worker.kv.fleet import Fleet
-from llm_worker.kv.fleet_config import FleetConfig, endpoint
-from llm_worker.kv.index import Index
+from llm_worker.fleet import fleet as fleet_module
+from llm_worker.fleet.__main__ import Service
+from llm_worker.fleet.fleet import Fleet
+from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.kv.plane import ZmqPlane
-from llm_worker.kv.publisher import ZmqKvEventPublisher
-from llm_worker.kv.service import Service
+from llm_worker.kv.plane.zmq_plane import ZmqPlane
+from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
+from llm_worker.kv.wire import AllBlocksCleared, Decoder
+from llm_worker.settings.fleet import FleetConfig, endpoint
 from worker_process import free_ports
 
 pytestmark = pytest.mark.timeout(60)
@@ -352,7 +352,7 @@ def test_a_name_that_leads_to_several_workers_is_one_source_for_each(
         assert host == "replicas"
         return [(2, 1, 6, "", (address, 0)) for address in leads_to]
 
-    monkeypatch.setattr("llm_worker.kv.fleet.socket.getaddrinfo", lookup)
+    monkeypatch.setattr("llm_worker.fleet.fleet.socket.getaddrinfo", lookup)
     first = workers("a", ports=(port, replay), host="127.0.0.2")
     first.store(3)
     fleet = fleets(f"zmq://replicas:{port},replay={replay}", resolve_seconds=0.2)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import zmq
 
-from llm_worker.kv.index import Index, Source
-from llm_worker.kv.listener import Listener
+from llm_worker.kv.follow.listener import Listener
+from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.kv.poller import BATCH_EVENTS, Poller
-from llm_worker.kv.publisher import ZmqKvEventPublisher
-from llm_worker.kv.trtllm import Translator
+from llm_worker.kv.trtllm.poller import BATCH_EVENTS, Poller
+from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
+from llm_worker.kv.trtllm.translator import Translator
 from trtllm_events import BLOCK_SIZE, Engine, Truth, block, contents, created, removed, stored
 
 LOCAL = "tcp://127.0.0.1:0"

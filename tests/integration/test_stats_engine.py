@@ -59,9 +59,10 @@ async def build(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llm_worker import ledger, stats, tiny
-    from llm_worker.config import GoodputTargets
     from llm_worker.metrics import Metrics
+    from llm_worker.serving import ledger, tiny
+    from llm_worker.serving import stat_logger as stats
+    from llm_worker.settings.worker import GoodputTargets
 
     if uniprocess:
         arguments["distributed_executor_backend"] = "uni"
@@ -113,7 +114,7 @@ async def serve_everything(directory: str) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from llm_worker import startup
+    from llm_worker.serving import hooks as startup
 
     registry = CollectorRegistry()
     # 17 blocks, one of them the null block: eight requests of four blocks each do not fit at once.
@@ -470,7 +471,7 @@ def named_vllm(directory: Path) -> Path:
 @contextlib.contextmanager
 def plain_vllm(directory: Path, *arguments: str) -> Iterator[str]:
     """``vllm serve`` as everyone starts it; yields its base URL."""
-    from llm_worker import tiny
+    from llm_worker.serving import tiny
 
     model = tiny.make(directory / "model")
     with socket.socket() as free:

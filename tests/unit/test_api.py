@@ -9,12 +9,12 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from llm_worker.api import Handlers, SystemServer, create_app
 from llm_worker.errors import ConfigError
-from llm_worker.exposition import Exposition
-from llm_worker.health import Health, Heartbeat
+from llm_worker.exposition.exposition import Exposition
 from llm_worker.lifecycle import Lifecycle, State
 from llm_worker.metrics import Metrics
+from llm_worker.observer.health import Health, Heartbeat
+from llm_worker.observer.server import Handlers, SystemServer, create_app
 
 
 class Served:

@@ -1,87 +1,56 @@
-"""Who may import whom, as a table. A new arrow is a decision: change the table with the code."""
+"""Who may import whom: a folder is a promise, and each promise is a line. Change the line with the
+code: a new arrow is a decision.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-# module -> modules of ours that it may import
+# Modules at the top of the package, and folders → what of ours they may import beside themselves.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "logs": set(),
     "processes": set(),
-    "multiprocess": {"direct"},
-    "tiny": set(),
-    "settings": set(),
-    "config": {"errors", "settings"},
-    "metrics": {"config"},
-    "negotiation": set(),
-    "series": set(),
-    "direct": {"series"},
-    "source": {"direct", "series"},
-    "page": {"direct", "series", "source"},
-    "exposition": {"direct", "multiprocess", "negotiation", "page", "series", "source"},
+    "settings": {"errors"},
+    "metrics": {"settings"},
     "lifecycle": {"metrics"},
-    "health": {"lifecycle", "metrics"},
-    "startup": {"config", "kv.truth"},
-    "ledger": {"metrics"},
-    "stats": {"config", "ledger", "metrics", "startup"},
-    "kv.__init__": set(),
-    "kv.stats": set(),
-    "kv.events": {"kv.stats"},
-    "kv.index": {"kv.events", "kv.stats"},
-    "kv.stream": {"kv.events", "kv.index", "kv.stats"},
-    "kv.listener": {"kv.index", "kv.stats", "kv.stream", "kv.transport"},
-    "kv.truth": set(),
-    "kv.audit": {"kv.events", "kv.index", "kv.stats"},
-    "kv.consolidator": {"kv.events", "kv.stats"},
-    "kv.merge": {"kv.consolidator", "kv.events", "kv.index", "kv.stats", "kv.stream"},
-    "kv.pipeline": {"kv.index", "kv.listener", "kv.merge", "kv.stats", "kv.stream"},
-    "kv.transport": {"kv.stats"},
-    "kv.publisher": {"kv.events", "kv.stats", "kv.transport"},
-    "kv.trtllm": {"kv.events", "kv.publisher"},
-    "kv.poller": {"kv.events", "kv.publisher", "kv.trtllm"},
-    "kv.topics": {"kv.events", "kv.index"},
-    "kv.plane": {"kv.events", "kv.index", "kv.stats", "kv.topics", "kv.transport"},
-    "kv.nats_connection": set(),
-    "kv.nats_plane": {"kv.events", "kv.index", "kv.nats_connection", "kv.stats", "kv.topics"},
-    "kv.nats_source": {
-        "kv.index", "kv.nats_connection", "kv.nats_plane", "kv.stats", "kv.stream", "kv.topics",
-    },
-    "kv.routes": {"kv.events", "kv.index", "kv.stats"},
-    "kv.metrics": {"kv.index", "kv.stats"},
-    "kv.worker": {
-        "errors", "kv.audit", "kv.index", "kv.merge", "kv.metrics", "kv.nats_plane", "kv.pipeline",
-        "kv.plane", "kv.routes", "kv.stats", "settings",
-    },
-    "api": {"errors", "exposition", "health", "kv.routes"},
-    "engine": {
-        "config", "errors", "kv.truth", "kv.worker", "ledger", "metrics", "processes", "startup",
-        "stats", "tiny",
+    "exposition": set(),
+    "kv": {"errors", "settings"},
+    "serving": {"errors", "kv", "metrics", "processes", "settings"},
+    "observer": {"errors", "exposition", "kv", "lifecycle", "metrics"},
+    "fleet": {
+        "__init__", "errors", "exposition", "kv", "logs", "metrics", "observer", "settings",
     },
     "app": {
-        "__init__", "api", "config", "engine", "errors", "exposition", "health", "kv.worker",
-        "lifecycle", "metrics", "multiprocess", "processes",
+        "__init__", "errors", "exposition", "kv", "lifecycle", "metrics", "observer", "processes",
+        "serving", "settings",
     },
-    "kv.fleet_config": {"errors", "settings"},
-    "kv.fleet": {
-        "errors", "kv.fleet_config", "kv.index", "kv.listener", "kv.nats_source", "kv.pipeline",
-        "kv.stats", "kv.topics", "kv.transport",
-    },
-    "kv.service": {
-        "__init__", "api", "errors", "exposition", "health", "kv.fleet", "kv.fleet_config",
-        "kv.metrics", "kv.routes", "logs", "metrics",
-    },
-    "__main__": {"app", "config", "errors", "logs", "multiprocess"},
+    "__main__": {"app", "errors", "exposition", "logs", "settings"},
 }  # fmt: skip
-MAY_IMPORT_VLLM = {"engine", "ledger", "stats", "startup", "app"}  # app: for its version
-MAY_READ_ENVIRONMENT = {"config", "kv.fleet_config"}  # one for each program
+# The same within a folder that has rooms of its own.
+KV_MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": set(),
+    "stats": set(),
+    "wire": set(),
+    "index": {"stats", "wire"},
+    "follow": {"index", "plane", "stats", "wire"},
+    "plane": {"index", "stats", "wire"},
+    "trtllm": {"plane", "stats", "wire"},
+    "pipeline": {"follow", "index", "stats"},
+    "routes": {"index", "stats", "wire"},
+    "collector": {"index", "stats"},
+    "worker": {"collector", "follow", "index", "pipeline", "plane", "routes", "stats"},
+}
+MAY_IMPORT_VLLM = {"serving", "app"}  # app: for its version
+MAY_READ_ENVIRONMENT = {"settings"}
 # Writes what a library reads from there, and reads whether the user set it.
-MAY_WRITE_ENVIRONMENT = {"engine", "multiprocess"}
+MAY_WRITE_ENVIRONMENT = {"serving.engine", "exposition.multiprocess"}
 
 
 def package(repository: Path) -> dict[str, ast.Module]:
@@ -106,46 +75,67 @@ def imports(module: ast.Module) -> set[str]:
     return found
 
 
-def ours(names: set[str], known: set[str]) -> set[str]:
-    """Modules of ours among dotted names, which may go on into what a module holds."""
+def targets(tree: ast.Module, known: set[str]) -> set[str]:
+    """Modules of ours that this one imports, by dotted name; "__init__" is the package itself."""
     found = set()
-    for name in names:
-        if name in {"llm_worker", "llm_worker.kv"}:  # what was taken from it comes with it
+    for name in imports(tree):
+        if not name.startswith("llm_worker"):
             continue
-        parts = name.removeprefix("llm_worker.").split(".")
-        if name.startswith("llm_worker."):
-            heads = [".".join(parts[:length]) for length in (2, 1)]
-            found.add(next((head for head in heads if head in known), "__init__"))
+        parts = name.split(".")[1:]
+        while parts and ".".join(parts) not in known:
+            parts.pop()
+        # A folder's own name only says where to look for what was taken from it.
+        if parts or name.startswith("llm_worker.__"):
+            found.add(".".join(parts) or "__init__")
     return found
 
 
-def test_every_module_imports_only_what_its_row_allows(repository: Path) -> None:
-    """Data flows left to right; health, lifecycle and exposition never see the engine."""
-    modules = package(repository)
-    assert set(modules) == set(MAY_IMPORT), "a module without a row, or a row without a module"
-    for name, tree in modules.items():
-        extra = ours(imports(tree), set(modules)) - MAY_IMPORT[name] - {name}
-        assert not extra, f"{name} imports {extra}"
+def rooms(modules: dict[str, ast.Module], under: str = "") -> dict[str, set[str]]:
+    """Room → rooms that it imports, of the folder ``under``; its own left out."""
+    inside = {name for name in modules if name.startswith(under)}
+    found: dict[str, set[str]] = {}
+    for name in inside:
+        room = name.removeprefix(under).split(".")[0]
+        arrows = {
+            target.removeprefix(under).split(".")[0]
+            for target in targets(modules[name], set(modules))
+            if target.startswith(under)
+        }
+        found.setdefault(room, set()).update(arrows - {room})
+    return found
 
 
-def test_the_table_has_no_cycle() -> None:
+@pytest.mark.parametrize(("under", "rules"), [("", MAY_IMPORT), ("kv.", KV_MAY_IMPORT)])
+def test_every_room_imports_only_what_its_line_allows(
+    repository: Path, under: str, rules: dict[str, set[str]]
+) -> None:
+    """What is not on the line is a new arrow."""
+    found = rooms(package(repository), under)
+    assert set(found) == set(rules), "a room without a line, or a line without a room"
+    for room, arrows in found.items():
+        assert arrows <= rules[room], f"{room} imports {arrows - rules[room]}"
+        assert rules[room] <= arrows, f"{room} needs no {rules[room] - arrows} any more"
+
+
+def test_no_module_is_imported_in_a_circle(repository: Path) -> None:
     """Modules can be read in an order in which nothing is mentioned before it was seen."""
-    left = {name: set(needs) for name, needs in MAY_IMPORT.items()}
+    modules = package(repository)
+    left = {name: targets(tree, set(modules)) - {name} for name, tree in modules.items()}
     while left:
         free = [name for name, needs in left.items() if not needs & set(left)]
-        assert free, f"a cycle among {sorted(left)}"
+        assert free, f"a circle among {sorted(left)}"
         for name in free:
             del left[name]
 
 
 def test_vllm_is_imported_behind_its_boundary_only(repository: Path) -> None:
-    """A vLLM upgrade touches these files and nothing else."""
+    """A vLLM upgrade opens this folder and the wire format, no other."""
     users = {
-        name
+        name.split(".")[0]
         for name, tree in package(repository).items()
         if any(imported.split(".")[0] == "vllm" for imported in imports(tree))
     }
-    assert users <= MAY_IMPORT_VLLM
+    assert users == MAY_IMPORT_VLLM
 
 
 def environment_uses(tree: ast.Module) -> bool:
@@ -155,23 +145,34 @@ def environment_uses(tree: ast.Module) -> bool:
     )
 
 
-def test_only_config_reads_the_environment(repository: Path) -> None:
+def test_only_settings_reads_the_environment(repository: Path) -> None:
     """One place to look for what a variable does."""
     users = {name for name, tree in package(repository).items() if environment_uses(tree)}
-    assert users <= MAY_READ_ENVIRONMENT | MAY_WRITE_ENVIRONMENT
+    others = {name for name in users if name.split(".")[0] not in MAY_READ_ENVIRONMENT}
+    assert others == MAY_WRITE_ENVIRONMENT
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "processes", "multiprocess", "lifecycle"])
-def test_modules_of_the_early_start_import_without_vllm(module: str, repository: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("settings.worker", {"vllm", "prometheus_client"}),
+        ("errors", {"vllm", "prometheus_client"}),
+        ("processes", {"vllm", "prometheus_client"}),
+        ("exposition.multiprocess", {"vllm", "prometheus_client"}),
+        ("lifecycle", {"vllm"}),
+    ],
+)
+def test_what_runs_early_loads_nothing_late(
+    module: str, unwanted: set[str], repository: Path
+) -> None:
     """What runs before, or without, the engine pulls in nothing of it."""
-    import subprocess
-
-    code = f"import sys, llm_worker.{module}; assert 'vllm' not in sys.modules"
-    if module in ("config", "errors", "processes", "multiprocess"):
-        code += "; assert 'prometheus_client' not in sys.modules"
-    subprocess.run(
+    code = f"import sys, llm_worker.{module}; print(*{unwanted!r} & set(sys.modules))"
+    told = subprocess.run(
         [sys.executable, "-c", code],
         cwd=repository / "worker",
         check=True,
         timeout=60,
+        capture_output=True,
+        text=True,
     )
+    assert not told.stdout.split()

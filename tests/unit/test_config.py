@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_worker import config
-from llm_worker.config import SETTINGS, Config, KvEvents, load
 from llm_worker.errors import ConfigError
+from llm_worker.settings import worker as config
+from llm_worker.settings.worker import SETTINGS, Config, KvEvents, load
 
 
 def resolved(*arguments: str, env: dict[str, str] | None = None) -> Config:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, Summary
 
-from llm_worker import direct
-from llm_worker.exposition import Exposition
+from llm_worker.exposition import direct
+from llm_worker.exposition.exposition import Exposition
 from llm_worker.metrics import Metrics
 
 FORMATS = ("text/plain", "application/openmetrics-text")

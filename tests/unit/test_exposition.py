@@ -30,9 +30,9 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Exemplar, Sample
 
-from llm_worker.exposition import Exposition, Rendered
+from llm_worker.exposition.exposition import Exposition, Rendered
+from llm_worker.exposition.negotiation import OPENMETRICS, TEXT
 from llm_worker.metrics import Metrics
-from llm_worker.negotiation import OPENMETRICS, TEXT
 
 ACCEPT_OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 # What Prometheus 3.5 sends.

@@ -8,10 +8,10 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llm_worker import health
-from llm_worker.health import Health, Heartbeat
 from llm_worker.lifecycle import Lifecycle, State
 from llm_worker.metrics import Metrics
+from llm_worker.observer import health
+from llm_worker.observer.health import Health, Heartbeat
 
 
 @pytest.fixture

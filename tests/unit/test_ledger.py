@@ -22,7 +22,7 @@ def visit(
     engine_dead: bool = False,
 ) -> dict[str, float]:
     """Send one POST through the middleware; return what the ledger counted."""
-    from llm_worker import ledger
+    from llm_worker.serving import ledger
 
     registry = CollectorRegistry()
 
@@ -86,7 +86,7 @@ def test_a_request_to_a_dead_engine_says_so() -> None:
 
 def test_outside_of_a_request_a_rejection_is_nobodys() -> None:
     """An engine that is used in-process rejects, too; `generate` counts those."""
-    from llm_worker import ledger
+    from llm_worker.serving import ledger
 
     ledger.note_rejection("max_num_queued_reqs")
 

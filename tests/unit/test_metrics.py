@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llm_worker import metrics as declared
-from llm_worker.config import GoodputTargets
 from llm_worker.metrics import ENDINGS, STATES, Metrics, StatMetrics
+from llm_worker.settings.worker import GoodputTargets
 
 LABELS = {
     "kv_capacity_blocks": ("model_name", "engine"),

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from llm_worker import metrics as worker_metrics
-from llm_worker.kv import metrics as kv_metrics
+from llm_worker.kv import collector as kv_metrics
 from llm_worker.kv import stats as kv_stats
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llm_worker.config import GoodputTargets
 from llm_worker.metrics import STAGES, StatMetrics
+from llm_worker.settings.worker import GoodputTargets
 
 pytestmark = pytest.mark.needs("vllm")
 
@@ -61,7 +61,8 @@ def registry() -> CollectorRegistry:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Advances the recorder's monotonic clock, which stands still otherwise."""
-    from llm_worker import ledger, stats
+    from llm_worker.serving import ledger
+    from llm_worker.serving import stat_logger as stats
 
     now = [100.0]
     fake = SimpleNamespace(monotonic=lambda: now[0], time=lambda: 1.7e9 + now[0])
@@ -75,7 +76,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def make_logger(registry: CollectorRegistry, vllm_config: Any, indexes: list[int]) -> Any:
-    from llm_worker import stats
+    from llm_worker.serving import stat_logger as stats
 
     return stats.StatLogger(vllm_config, indexes, StatMetrics(registry), TARGETS)
 
@@ -147,7 +148,8 @@ def test_ranks_that_differ_show_what_each_of_them_reported(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the ready messages say wins over an even share, in blocks, tokens and bytes."""
-    from llm_worker import startup, stats
+    from llm_worker.serving import hooks as startup
+    from llm_worker.serving import stat_logger as stats
 
     vllm_config = config(blocks=32, ranks=2)
     facts = {
@@ -170,7 +172,7 @@ def test_tokens_of_a_hybrid_model_are_vllms_own_figure_without_the_null_block(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks times block size would count tokens that need a block in every group several times."""
-    from llm_worker import startup
+    from llm_worker.serving import hooks as startup
 
     vllm_config = config(blocks=11, kv_cache_size_tokens=55)
     facts = startup.RankFacts(blocks=11, kv_groups=3, kv_bytes=None, load_seconds=None)
@@ -424,7 +426,7 @@ def test_a_failing_stage_warns_once_a_minute(
     logger: Any, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A fault that repeats every step is one line and a counter, not a flood."""
-    with caplog.at_level(logging.WARNING, logger="llm_worker.ledger"):
+    with caplog.at_level(logging.WARNING, logger="llm_worker.serving.ledger"):
         for _ in range(50):
             logger.record(Poison(), None, None, 0)
         assert [getattr(record, "stage", None) for record in caplog.records] == [
@@ -458,7 +460,7 @@ def test_bind_gives_vllm_a_class_it_treats_as_aggregate(registry: CollectorRegis
     """Only aggregate loggers are told of sleep; vLLM decides by issubclass."""
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-    from llm_worker import stats
+    from llm_worker.serving import stat_logger as stats
 
     cls = stats.bind(StatMetrics(registry), TARGETS)
     assert issubclass(cls, AggregateStatLoggerBase)
@@ -470,7 +472,7 @@ def test_the_plugin_says_nothing_where_our_own_worker_runs() -> None:
     """vLLM loads installed plugins always; counting twice would be worse than nothing."""
     from prometheus_client import REGISTRY
 
-    from llm_worker import stats
+    from llm_worker.serving import stat_logger as stats
 
     stats.bind(StatMetrics(CollectorRegistry()), TARGETS)
     plugin = stats.PluginStatLogger(vllm_config=config(), engine_indexes=[0])
@@ -501,7 +503,7 @@ def output(done: bool = False, *reasons: str | None) -> Any:
 def counted(
     registry: CollectorRegistry, script: list[Any], engine: Engine, name: str = "generate"
 ) -> Callable[..., AsyncGenerator[Any, None]]:
-    from llm_worker import ledger
+    from llm_worker.serving import ledger
 
     async def stream() -> AsyncGenerator[Any, None]:
         try:
@@ -720,7 +722,7 @@ def test_installing_twice_wraps_once_and_counts_to_the_newest() -> None:
     """Idempotent per process; the second call only redirects."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llm_worker import ledger
+    from llm_worker.serving import ledger
 
     first, second = StatMetrics(CollectorRegistry()), StatMetrics(CollectorRegistry())
     ledger.install_ledger(first)

@@ -9,9 +9,9 @@ import threading
 import time
 from pathlib import Path
 
-from llm_worker.config import Config, help_text, load
 from llm_worker.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_STOPPED, ConfigError
 from llm_worker.logs import configure_logging
+from llm_worker.settings.worker import Config, help_text, load
 
 # A library's thread that never ends must not keep a finished worker alive.
 INTERPRETER_EXIT_SECONDS = 10.0
@@ -49,7 +49,7 @@ def _dump(config: Config, path: Path) -> None:
 
 def _run(config: Config) -> int:
     # In this order: prometheus_client looks for its directory when it is first imported.
-    from llm_worker.multiprocess import MultiprocessError, prepare_multiprocess
+    from llm_worker.exposition.multiprocess import MultiprocessError, prepare_multiprocess
 
     try:
         multiprocess = prepare_multiprocess(config.multiproc_dir)

@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from llm_worker import __version__
-from llm_worker.api import Handlers, SystemServer, create_app
-from llm_worker.config import Config
 from llm_worker.errors import (
     EXIT_ENGINE_DIED,
     EXIT_INTERNAL,
@@ -34,24 +32,26 @@ from llm_worker.errors import (
     EngineDiedError,
     EngineStartError,
 )
-from llm_worker.exposition import Exposition
-from llm_worker.health import Health, Heartbeat
+from llm_worker.exposition.exposition import Exposition
+from llm_worker.exposition.multiprocess import NotInFiles
 from llm_worker.lifecycle import ExitRecord, InvalidTransition, Lifecycle, State
 from llm_worker.metrics import Metrics
-from llm_worker.multiprocess import NotInFiles
+from llm_worker.observer.health import Health, Heartbeat
+from llm_worker.observer.server import Handlers, SystemServer, create_app
 from llm_worker.processes import (
     adopt_orphans,
     end_descendants,
     mapped_segments,
     remove_segments,
 )
+from llm_worker.settings.worker import Config
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from llm_worker.engine import Engine
+    from llm_worker.exposition.multiprocess import MultiprocessDirectory
     from llm_worker.kv.worker import WorkerKv
-    from llm_worker.multiprocess import MultiprocessDirectory
+    from llm_worker.serving.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Worker:
             signal.signal(number, self._call_off_start)
         try:
             with self._phase("import"):
-                from llm_worker import engine as boundary
+                from llm_worker.serving import engine as boundary
 
                 boundary.prepare_environment()
                 import uvloop
@@ -178,7 +178,7 @@ class Worker:
             ConfigError, EngineStartError: it did not come up.
             EngineDiedError: it came up and died.
         """
-        from llm_worker import engine as boundary
+        from llm_worker.serving import engine as boundary
 
         args = boundary.parse_arguments(self._config)
         listener = boundary.bind_api(args)

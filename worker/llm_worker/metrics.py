@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.samples import Sample
 
-from llm_worker.config import GoodputTargets
+from llm_worker.settings.worker import GoodputTargets
 
 PREFIX = "llm_worker_"
 

@@ -106,7 +106,7 @@ def _tokenizer(model: str) -> str:
     """The directory of the tiny model's tokenizer, made here; other models go by their name."""
     if model != "tiny":
         return model
-    from llm_worker import tiny
+    from llm_worker.serving import tiny
 
     return str(tiny.make(Path(tempfile.gettempdir()) / "loadgen-tiny"))
 

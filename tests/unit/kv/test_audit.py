@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from llm_worker.kv import truth
-from llm_worker.kv.audit import Auditor, digest, unpacked
-from llm_worker.kv.events import AllBlocksCleared, BlockStored, Decoder, encode
-from llm_worker.kv.index import Index
+from llm_worker.kv.follow.stream import Stream
+from llm_worker.kv.index.audit import Auditor, digest, unpacked
+from llm_worker.kv.index.index import Index
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.stream import Stream
+from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Decoder, encode
+from llm_worker.serving import core_truth as truth
 from waiting import until
 
 
@@ -145,7 +145,7 @@ def test_an_index_that_stays_behind_its_engine_is_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The listener should have had that batch long ago."""
-    monkeypatch.setattr("llm_worker.kv.audit.CATCH_UP_SECONDS", 0.05)
+    monkeypatch.setattr("llm_worker.kv.index.audit.CATCH_UP_SECONDS", 0.05)
     rank = Rank()
     rank.index(1)
     found = verdict(auditor(rank, told(1, 2, sequence=1)))
@@ -155,7 +155,7 @@ def test_an_index_that_stays_behind_its_engine_is_a_failure(
 
 def test_it_compares_by_itself_once_the_engine_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not again until something happened."""
-    monkeypatch.setattr("llm_worker.kv.audit.QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("llm_worker.kv.index.audit.QUIET_SECONDS", 0.01)
     rank = Rank()
     rank.index(1)
     asked: list[bool] = []
@@ -176,7 +176,7 @@ def test_a_comparison_that_breaks_is_counted_and_not_the_last(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever it is: the index's thread that is too busy, or a bug. In the log once."""
-    monkeypatch.setattr("llm_worker.kv.audit.QUIET_SECONDS", 0.001)
+    monkeypatch.setattr("llm_worker.kv.index.audit.QUIET_SECONDS", 0.001)
     rank = Rank()
     rank.index(1)
     trouble: list[Exception] = [TimeoutError()] * 3 + [RuntimeError("a bug")] * 3
@@ -211,8 +211,8 @@ def test_an_index_whose_thread_is_busy_is_a_failure_and_no_error(
 
 def test_a_verdict_is_repeated_before_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that an auditor that died is told from an engine that is idle."""
-    monkeypatch.setattr("llm_worker.kv.audit.QUIET_SECONDS", 0.001)
-    monkeypatch.setattr("llm_worker.kv.audit.AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("llm_worker.kv.index.audit.QUIET_SECONDS", 0.001)
+    monkeypatch.setattr("llm_worker.kv.index.audit.AGAIN_SECONDS", 0.05)
     rank = Rank()
     rank.index(1)
     made = Auditor(lambda full: [told(1)], lambda: [rank], lambda c: c(), interval_seconds=0.01)

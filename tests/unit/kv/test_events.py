@@ -10,7 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.events import (
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.stats import UNDECODABLE_REASONS
+from llm_worker.kv.wire import (
     HASH_MASK,
     MAX_PAYLOAD_BYTES,
     AllBlocksCleared,
@@ -21,8 +23,6 @@ from llm_worker.kv.events import (
     WireError,
     encode,
 )
-from llm_worker.kv.index import Index
-from llm_worker.kv.stats import UNDECODABLE_REASONS
 
 pack = msgspec.msgpack.encode
 HASHES = st.one_of(st.integers(0, HASH_MASK), st.binary(min_size=1, max_size=64))

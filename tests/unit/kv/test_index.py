@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.events import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
-from llm_worker.kv.index import (
+from llm_worker.kv.index.index import (
     MAX_LANES,
     MAX_TIPS,
     MISS_REASONS,
@@ -21,6 +20,7 @@ from llm_worker.kv.index import (
     Index,
     Source,
 )
+from llm_worker.kv.wire import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 
 def stored(*hashes: int | bytes, parent: int | bytes | None = None, **where: object) -> BlockStored:

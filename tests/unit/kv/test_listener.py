@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
-from llm_worker.kv.index import Index, Sink, Source
-from llm_worker.kv.listener import connectable
+from llm_worker.kv.follow.listener import connectable
+from llm_worker.kv.follow.stream import ATTEMPTS, EPOCH_BITS, Stream
+from llm_worker.kv.index.index import Index, Sink, Source
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.stream import ATTEMPTS, EPOCH_BITS, Stream
+from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
 
 UNKNOWN = b"\x93\xcb\x40\x59\x00\x00\x00\x00\x00\x00\x91\x81\xa4type\xa4Nope\xc0"
 
@@ -670,7 +670,7 @@ def test_what_waits_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> 
     """Long prompts make batches of many kilobytes; as many places would be taken by gigabytes."""
     ear = Ear().connect()
     messages = [ear.publisher.publish(stored(number)) for number in range(20)]
-    monkeypatch.setattr("llm_worker.kv.stream.CAPACITY_BYTES", 4 * len(messages[0][1]))
+    monkeypatch.setattr("llm_worker.kv.follow.stream.CAPACITY_BYTES", 4 * len(messages[0][1]))
     for _ in range(2):  # whatever was held is given back
         ear.hear(*messages[1:])
         assert ear.stats.queue_batches == 4

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.events import (
+from llm_worker.kv.follow.merge import MergedRank
+from llm_worker.kv.index.index import Index, Sink
+from llm_worker.kv.wire import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -18,8 +20,6 @@ from llm_worker.kv.events import (
     Event,
     encode,
 )
-from llm_worker.kv.index import Index, Sink
-from llm_worker.kv.merge import MergedRank
 
 
 class Taken:
@@ -131,9 +131,9 @@ def test_adapters_that_the_index_has_no_lane_for_are_not_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are as many as the publisher likes, and would take no room of the index's."""
-    for module in ("merge", "index"):
+    for module in ("follow.merge", "index.index"):
         monkeypatch.setattr(f"llm_worker.kv.{module}.MAX_LANES", 2)
-    monkeypatch.setattr("llm_worker.kv.index.SWEEP_LANES", 2)
+    monkeypatch.setattr("llm_worker.kv.index.index.SWEEP_LANES", 2)
     rank = rank_of()
     for number in range(5):
         event = BlockStored(hashes=[number], block_size=16, adapter=str(number))

@@ -9,12 +9,13 @@ import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from llm_worker.exposition import Exposition
-from llm_worker.kv import metrics, stats
-from llm_worker.kv.events import BlockRemoved, BlockStored
-from llm_worker.kv.index import Index
-from llm_worker.kv.metrics import FAMILIES, PREFIX, KvCollector
+from llm_worker.exposition.exposition import Exposition
+from llm_worker.kv import collector as metrics
+from llm_worker.kv import stats
+from llm_worker.kv.collector import FAMILIES, PREFIX, KvCollector
+from llm_worker.kv.index.index import Index
 from llm_worker.kv.stats import AuditStats, ListenerStats, MergeStats, PlaneStats
+from llm_worker.kv.wire import BlockRemoved, BlockStored
 from llm_worker.metrics import Metrics
 
 # Dashboards, rules and other people's queries rely on these.

@@ -9,7 +9,9 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.events import (
+from llm_worker.kv.plane.transport import EventSocket
+from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher, offset_port, unsigned
+from llm_worker.kv.wire import (
     ALL_MEDIA,
     AllBlocksCleared,
     Batch,
@@ -17,8 +19,6 @@ from llm_worker.kv.events import (
     BlockStored,
     Decoder,
 )
-from llm_worker.kv.publisher import ZmqKvEventPublisher, offset_port, unsigned
-from llm_worker.kv.transport import EventSocket
 
 SIZE = 4
 

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from llm_worker.kv import routes
-from llm_worker.kv.events import BlockStored, Hash
-from llm_worker.kv.index import Index
+from llm_worker.kv.index.index import Index
 from llm_worker.kv.stats import ListenerStats, PlaneStats
+from llm_worker.kv.wire import BlockStored, Hash
 
 
 def index_of(**workers: Sequence[Hash]) -> Index:

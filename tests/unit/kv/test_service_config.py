@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_worker.errors import ConfigError
-from llm_worker.kv.fleet_config import SETTINGS, Endpoint, endpoint, help_text, load
+from llm_worker.settings.fleet import SETTINGS, Endpoint, endpoint, help_text, load
 
 
 def test_sources_of_every_kind_are_understood() -> None:
@@ -95,7 +95,7 @@ def test_help_lists_every_setting() -> None:
 def test_wrong_settings_end_the_program_with_78(repository: Path) -> None:
     """All problems on standard error, without vLLM and at once."""
     done = subprocess.run(
-        [sys.executable, "-m", "llm_worker.kv.service", "--port", "x"],
+        [sys.executable, "-m", "llm_worker.fleet", "--port", "x"],
         cwd=repository / "worker",
         capture_output=True,
         text=True,
@@ -110,5 +110,5 @@ def test_wrong_settings_end_the_program_with_78(repository: Path) -> None:
 
 def test_the_service_imports_no_vllm(repository: Path) -> None:
     """It runs beside workers, not as one."""
-    code = "import sys, llm_worker.kv.service; assert 'vllm' not in sys.modules"
+    code = "import sys, llm_worker.fleet.__main__; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=repository / "worker", check=True, timeout=60)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llm_worker.kv import topics
-from llm_worker.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, Decoder
-from llm_worker.kv.index import Index, Source
+from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.plane import topics
+from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Decoder
 
 
 @pytest.mark.parametrize("name", ["host.example:8081", "a@b@c", "a_2e", "ü/*> x", "A-z", "_"])

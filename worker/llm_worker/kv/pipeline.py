@@ -20,11 +20,11 @@ from typing import Any, Protocol, TypeVar
 
 import zmq
 
-from llm_worker.kv.index import Index, Source
-from llm_worker.kv.listener import Listener
-from llm_worker.kv.merge import ENGINE, MergedRank
+from llm_worker.kv.follow.listener import Listener
+from llm_worker.kv.follow.merge import ENGINE, MergedRank
+from llm_worker.kv.follow.stream import Outlet as StreamOutlet
+from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.stats import ListenerStats, MergeStats, PlaneStats
-from llm_worker.kv.stream import Outlet as StreamOutlet
 
 log = logging.getLogger(__name__)
 

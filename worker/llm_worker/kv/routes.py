@@ -18,9 +18,9 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from llm_worker.kv.events import MAX_HASH_BYTES, BlockStored, Hash
-from llm_worker.kv.index import Index, Source
+from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.stats import ListenerStats, PlaneStats
+from llm_worker.kv.wire import MAX_HASH_BYTES, BlockStored, Hash
 
 MAX_BODY_BYTES = 16 << 20
 MAX_HASHES = 1 << 20  # of one question

@@ -13,14 +13,14 @@ from typing import Any
 import zmq
 
 from llm_worker.errors import ConfigError
-from llm_worker.kv.audit import Auditor, Truth
-from llm_worker.kv.index import Index
-from llm_worker.kv.merge import ENGINE
-from llm_worker.kv.metrics import KvCollector
+from llm_worker.kv.collector import KvCollector
+from llm_worker.kv.follow.merge import ENGINE
+from llm_worker.kv.index.audit import Auditor, Truth
+from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Outlet, Pipeline
 from llm_worker.kv.routes import HashBlocks, KvHandlers
 from llm_worker.kv.stats import AuditStats, ListenerStats, PlaneStats
-from llm_worker.settings import PLANE_REPLAY_OFFSET
+from llm_worker.settings.setting import PLANE_REPLAY_OFFSET
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +149,13 @@ class WorkerKv:
         scheme, _, address = plane.partition("://")
         if scheme != "zmq":
             try:
-                from llm_worker.kv.nats_plane import NatsPlane
+                from llm_worker.kv.plane.nats_plane import NatsPlane
             except ModuleNotFoundError as error:
                 fix = "pip install 'llm-worker[nats]', or choose another --worker-kv-plane"
                 raise ConfigError([f"NATS needs its client: {fix}"]) from error
 
             return NatsPlane(plane, sources=sources, at_rest=self.pipeline.at_rest)
-        from llm_worker.kv.plane import ZmqPlane
+        from llm_worker.kv.plane.zmq_plane import ZmqPlane
 
         host, _, port = address.rpartition(":")
         replay = int(port) + PLANE_REPLAY_OFFSET if int(port) else 0

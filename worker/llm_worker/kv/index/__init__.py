@@ -1,0 +1,1 @@
+"""Who holds which block, and may that be believed."""

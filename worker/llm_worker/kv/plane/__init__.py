@@ -1,0 +1,1 @@
+"""KV events out again: over ZMQ or NATS, with replay and snapshots."""

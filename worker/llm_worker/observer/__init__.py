@@ -1,0 +1,1 @@
+"""The system server and what it tells; never imports vLLM."""

@@ -1,0 +1,1 @@
+"""Runs vLLM in this process: the only folder that imports it."""

@@ -1,0 +1,1 @@
+"""The only folder that reads the environment and the command line."""
