@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from llm_worker.kv.index.index import Source
 from llm_worker.kv.routes import reading
@@ -59,8 +59,7 @@ class Rank:
         return self.kv.index.source("w", 0)
 
     def status(self) -> dict[str, Any]:
-        app = FastAPI()
-        app.include_router(reading(self.kv.handlers()))
+        app = Starlette(routes=reading(self.kv.handlers()))
         body: dict[str, Any] = TestClient(app).get("/kv/status").json()
         return body
 

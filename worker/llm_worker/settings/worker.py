@@ -67,6 +67,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("multiproc-dir", "", "prometheus_client's multiprocess directory; `auto` makes one"),
     Setting("log-format", "text", "`text` or `json`"),
     Setting("drain-seconds", "30", "how long in-flight requests may take after SIGTERM"),
+    Setting("lame-duck-seconds", "0", "how long after SIGTERM new requests are still taken"),
     Setting("goodput", "ttft=1.0,tpot=0.1,e2e=30", "targets in seconds, met jointly"),
     Setting("state-dir", "", "directory that remembers how the last run ended; empty: off"),
 )
@@ -130,6 +131,7 @@ class Config:
     multiproc_dir: str | None  # a directory, "auto", or None: single process
     log_format: str  # "text" or "json"
     drain_seconds: float
+    lame_duck_seconds: float
     goodput: GoodputTargets
     state_dir: Path | None
 
@@ -200,6 +202,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         ),
         log_format=reader.choice("log-format", ("text", "json")),
         drain_seconds=reader.seconds("drain-seconds"),
+        lame_duck_seconds=reader.seconds("lame-duck-seconds"),
         goodput=reader.goodput("goodput"),
         state_dir=reader.writable_directory("state-dir"),
     )
