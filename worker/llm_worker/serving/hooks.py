@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from multiprocessing import resource_tracker
 from typing import Any
 
 from llm_worker import processes
@@ -108,6 +109,8 @@ def only_parents_signals() -> Iterator[None]:
     started with both signals blocked, and once our plug-in runs in them, a thread takes the signals
     and looks who sent them. Where it does not run, vLLM's own patience ends in SIGKILL.
     """
+    # Starting it later would unblock both behind our back.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
