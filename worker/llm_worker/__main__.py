@@ -13,6 +13,8 @@ from llm_worker.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_STOPPED, ConfigEr
 from llm_worker.logs import configure_logging
 from llm_worker.settings.worker import Config, help_text, load
 
+log = logging.getLogger("llm_worker")
+
 # A library's thread that never ends must not keep a finished worker alive.
 INTERPRETER_EXIT_SECONDS = 10.0
 
@@ -27,10 +29,12 @@ def main() -> int:
         command = load(arguments)
         if command.dump_to is not None:
             _dump(command.config, command.dump_to)
+        configure_logging(command.config.log_format, command.config.log_level)
+        for warning in command.warnings:
+            log.warning("%s", warning)
         if command.check_only:
             print(command.config.to_json(), end="")
             return EXIT_STOPPED
-        configure_logging(command.config.log_format)
         return _run(command.config)
     except ConfigError as error:
         print("llm_worker cannot start with these settings:", file=sys.stderr)
@@ -81,6 +85,6 @@ if __name__ == "__main__":
     except SystemExit:
         raise
     except BaseException:
-        logging.getLogger("llm_worker").exception("unexpected error")
+        log.exception("unexpected error")
         exit_code = EXIT_INTERNAL
     _exit(exit_code)

@@ -102,14 +102,11 @@ class Worker:
         if config.kv_index is not None:
             from llm_worker.kv.worker import WorkerKv  # 40 ms before the system server is up
 
-            connector = config.kv_index.connector
             self.kv = WorkerKv(
                 config.worker_id or f"{socket.gethostname()}:{config.system_port or os.getpid()}",
                 plane=config.kv_index.plane,
                 max_blocks=config.kv_index.max_blocks,
-                connector=None
-                if connector is None
-                else (connector.host, connector.port, connector.replay_port),
+                connector=config.kv_index.connector,
             )
             self.exposition.register("kv", self.kv.collector())
         handlers = Handlers(

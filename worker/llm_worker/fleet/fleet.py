@@ -27,7 +27,7 @@ from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.transport import END_SEQUENCE, STATUS
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.settings.fleet import Endpoint
+from llm_worker.settings.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from llm_worker.fleet.nats_reader import NatsSource
