@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from llm_worker.errors import ConfigError
 from llm_worker.logs import configure_logging
+from llm_worker.serving import tiny
 from llm_worker.settings import worker as config
 from llm_worker.settings.endpoint import Endpoint
 from llm_worker.settings.worker import SETTINGS, Config, KvEvents, load
@@ -374,6 +377,35 @@ def test_help_lists_every_setting() -> None:
     text = config.help_text()
     for setting in SETTINGS:
         assert re.search(rf"{re.escape(setting.flag)}\s", text), setting.flag
+
+
+def test_the_temporary_cache_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name can be guessed: what somebody else put there is never read."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = config.cache_directory({})
+    assert made.parent == tmp_path
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert config.cache_directory({}) == made
+
+    made.chmod(0o777)
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        config.cache_directory({})
+    made.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    made.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        config.cache_directory({})
+    assert config.cache_directory({"HOME": str(tmp_path)}) == tmp_path / ".cache/llm-worker"
+
+
+def test_another_tiny_model_lies_in_another_directory(tmp_path: Path) -> None:
+    """Files that are there are kept: those of an older release must not be there."""
+    changed = tmp_path / "tiny.py"
+    source = Path(tiny.__file__).read_text(encoding="utf-8")
+    changed.write_text(source.replace('"hidden_size": 64', '"hidden_size": 128'), encoding="utf-8")
+    names = runpy.run_path(str(changed))
+    assert names["CONFIG"] != tiny.CONFIG
+    assert names["directory_name"]() != tiny.directory_name()
 
 
 def test_the_log_level_is_that_of_our_loggers(capsys: pytest.CaptureFixture[str]) -> None:

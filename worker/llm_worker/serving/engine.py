@@ -95,7 +95,7 @@ def _defaults(config: Config) -> list[str]:
         }
         defaults += ["--kv-events-config", json.dumps(events)]
     if config.model == TINY and not Path(TINY).exists():
-        model = tiny.make(cache_directory() / TINY)
+        model = tiny.make(cache_directory() / tiny.directory_name())
         defaults += ["--model", str(model), "--load-format", "dummy", "--served-model-name", TINY]
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             defaults += ["--kv-cache-memory-bytes", str(TINY_KV_CACHE_BYTES)]

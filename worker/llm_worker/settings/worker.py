@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -313,13 +314,34 @@ def parent_pid_from_env() -> int | None:
 
 
 def cache_directory(environment: Mapping[str, str] | None = None) -> Path:
-    """Where files live that can be made again; the temporary directory when there is no home."""
+    """Where files live that can be made again; made below the temporary directory without a home.
+
+    Raises:
+        ConfigError: what is there below the temporary directory may be somebody else's.
+    """
     environment = os.environ if environment is None else environment
     base = environment.get("XDG_CACHE_HOME") or environment.get("HOME")
     if base and os.access(base, os.W_OK):
         root = Path(base) if environment.get("XDG_CACHE_HOME") else Path(base) / ".cache"
         return root / "llm-worker"
-    return Path(tempfile.gettempdir()) / f"llm-worker-{os.getuid()}"
+    return _own_directory(Path(tempfile.gettempdir()) / f"llm-worker-{os.getuid()}")
+
+
+def _own_directory(path: Path) -> Path:
+    """A directory at a name that anybody can guess, and that nobody else can write to."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise ConfigError([f"cannot make {path}: {error}: set XDG_CACHE_HOME"]) from error
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.getuid()
+        or stat.S_IMODE(found.st_mode) != 0o700
+    ):
+        fix = "remove it, or set XDG_CACHE_HOME to a directory of your own"
+        raise ConfigError([f"{path} is not a directory of ours with mode 0700: {fix}"])
+    return path
 
 
 def help_text() -> str:
