@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import runpy
 import subprocess
@@ -217,6 +218,14 @@ def test_a_bad_port_does_not_also_collide() -> None:
     """What stands in for it was never asked for."""
     (problem,) = problems("--model=m", "--port=8081", "--worker-system-port=http")
     assert "'http' is not a port" in problem
+    (problem,) = problems(
+        "--model=m", "--port=20180", "--worker-kv-events-port=20080", "--worker-kv-replay-port=x"
+    )
+    assert "'x' is not a port" in problem
+    (problem,) = problems(
+        "--model=m", "--worker-kv-events-port=20280", "--worker-kv-plane=zmq://here"
+    )
+    assert "write zmq://HOST:PORT" in problem
 
 
 def test_kv_replay_defaults_to_a_hundred_above_the_events() -> None:
@@ -390,6 +399,12 @@ def test_the_temporary_cache_is_ours_alone(tmp_path: Path, monkeypatch: pytest.M
     made.chmod(0o777)
     with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
         config.cache_directory({})
+    made.chmod(0o700)
+    with monkeypatch.context() as somebody:
+        somebody.setattr(os, "getuid", lambda: 4321)
+        (tmp_path / "llm-worker-4321").mkdir(mode=0o700)
+        with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+            config.cache_directory({})
     made.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     made.symlink_to(tmp_path / "elsewhere")

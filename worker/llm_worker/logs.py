@@ -38,7 +38,7 @@ def configure_logging(log_format: str, log_level: str) -> None:
         handler.setFormatter(
             logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
         )
-    logger = logging.getLogger("llm_worker")
-    logger.handlers = [handler]
-    logger.setLevel(log_level.upper())
-    logger.propagate = False
+    log = logging.getLogger("llm_worker")
+    log.handlers = [handler]
+    log.setLevel(log_level.upper())
+    log.propagate = False

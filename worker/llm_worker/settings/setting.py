@@ -250,29 +250,14 @@ def choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def number(text: str) -> float:
-    """A finite number.
-
-    Raises:
-        ValueError: it is none.
-    """
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text!r} is not finite")
-    return value
-
-
 def seconds(text: str) -> float:
     """A time in seconds, 0 or more.
 
     Raises:
         ValueError: it is none.
     """
-    try:
-        value = number(text)
-    except ValueError:
-        value = -1.0
-    if value < 0:
+    value = _seconds(text)
+    if not value >= 0:
         raise ValueError(f"{text!r} is not a number of seconds, 0 or more")
     return value
 
@@ -283,8 +268,8 @@ def seconds_above_zero(text: str) -> float:
     Raises:
         ValueError: it is none.
     """
-    value = seconds(text)
-    if not value:
+    value = _seconds(text)
+    if not value > 0:
         raise ValueError(f"{text!r} is not a number of seconds above 0")
     return value
 
@@ -354,6 +339,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _seconds(text: str) -> float:
+    """Not a number where it is none, or where it has no end."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _is_number(text: str) -> bool:

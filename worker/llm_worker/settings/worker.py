@@ -299,8 +299,7 @@ def goodput_from_env(environment: Mapping[str, str] | None = None) -> GoodputTar
     """
     environment = os.environ if environment is None else environment
     (setting,) = (setting for setting in SETTINGS if setting.name == "goodput")
-    own = {setting.env: environment.get(setting.env, "")}
-    reader = rows.Reader([setting], (), own, commands={})
+    reader = rows.Reader([setting], (), environment, commands={})
     if reader.problems:
         raise ConfigError(reader.problems)
     targets: GoodputTargets = reader.values["goodput"]
@@ -334,11 +333,7 @@ def _own_directory(path: Path) -> Path:
         found = path.lstat()
     except OSError as error:
         raise ConfigError([f"cannot make {path}: {error}: set XDG_CACHE_HOME"]) from error
-    if (
-        not stat.S_ISDIR(found.st_mode)
-        or found.st_uid != os.getuid()
-        or stat.S_IMODE(found.st_mode) != 0o700
-    ):
+    if found.st_uid != os.getuid() or found.st_mode != stat.S_IFDIR | 0o700:
         fix = "remove it, or set XDG_CACHE_HOME to a directory of your own"
         raise ConfigError([f"{path} is not a directory of ours with mode 0700: {fix}"])
     return path
