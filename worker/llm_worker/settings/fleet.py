@@ -98,7 +98,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         ConfigError: something is wrong; carries every problem, each naming its fix.
     """
     environment = os.environ if environment is None else environment
-    reader = rows.Reader(SETTINGS, arguments, environment, commands=dict.fromkeys(_COMMANDS, False))
+    reader = rows.Reader(SETTINGS, arguments, environment, commands=_COMMANDS)
     config = FleetConfig(**reader.values)
     problems = reader.problems
     problems += [f"unknown option {argument}: see --help" for argument in reader.rest]

@@ -72,13 +72,13 @@ class Reader:
         arguments: Iterable[str],
         environment: Mapping[str, str],
         *,
-        commands: Mapping[str, bool],
+        commands: Iterable[str],
         not_ours: frozenset[str] = frozenset(),
     ) -> None:
         """Read everything; nothing is raised.
 
-        ``commands`` are flags that are no settings, and whether they take a value. ``not_ours``
-        are flags and variables that only look as if they were.
+        ``commands`` are flags that are no settings; one that takes a value has that value's name
+        behind it. ``not_ours`` are flags and variables that only look as if they were.
         """
         self.values: dict[str, Any] = {}  # by `Setting.field`; of a bad text: the default's
         self.commands: dict[str, str] = {}  # those that were given → value
@@ -88,7 +88,7 @@ class Reader:
         self.bad: set[str] = set()  # fields whose text had a problem
         self._settings = {setting.field: setting for setting in settings}
         self._environment = environment
-        given = self._split(arguments, commands, not_ours)
+        given = self._split(arguments, dict(map(_flag_and_value, commands)), not_ours)
         self._look_at_environment(not_ours)
         for setting in settings:
             texts = given.get(setting.field) or self._from_environment(setting)
@@ -100,7 +100,7 @@ class Reader:
         self.problems.append(f"{setting.flag} ({setting.env}): {what}")
 
     def _split(
-        self, arguments: Iterable[str], commands: Mapping[str, bool], not_ours: frozenset[str]
+        self, arguments: Iterable[str], commands: Mapping[str, str], not_ours: frozenset[str]
     ) -> dict[str, list[str]]:
         """The texts of our flags, by field; commands and the rest go to their places."""
         by_flag = {setting.flag: setting for setting in self._settings.values()}
@@ -118,7 +118,7 @@ class Reader:
                 self.problems.append(f"unknown option {written}{_did_you_mean(flag, by_flag)}")
                 if not equals and left and not left[0].startswith("-"):
                     left.pop(0)  # most likely its value
-            elif not commands.get(flag, True):
+            elif commands.get(flag) == "":
                 self.commands[flag] = ""
             else:
                 if not equals and left and not left[0].startswith("--"):
@@ -140,16 +140,15 @@ class Reader:
         for name, value in self._environment.items():
             if not name.startswith(prefix) or name in not_ours:
                 continue
-            if name in known:
-                if _is_kubernetes_port(name, value):
-                    self.warnings.append(
-                        f"{name}={value} was written by Kubernetes for a Service of that name and "
-                        "is ignored: set the variable in the Pod, rename the Service, or set "
-                        "enableServiceLinks: false"
-                    )
+            kubernetes = _is_kubernetes_port(name, value)
+            if kubernetes and name in known:
+                self.warnings.append(
+                    f"{name}={value} was written by Kubernetes for a Service of that name and is "
+                    "ignored: set the variable in the Pod, rename the Service, or set "
+                    "enableServiceLinks: false"
+                )
             elif not (
-                _KUBERNETES_NAME.fullmatch(name.removeprefix(prefix))
-                or _is_kubernetes_port(name, value)
+                kubernetes or name in known or _KUBERNETES_NAME.fullmatch(name.removeprefix(prefix))
             ):
                 self.warnings.append(
                     f"unknown environment variable {name} is ignored{_did_you_mean(name, known)}"
@@ -339,6 +338,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _flag_and_value(command: str) -> tuple[str, str]:
+    """``--to FILE`` → ``--to`` and ``FILE``."""
+    flag, _, value = command.partition(" ")
+    return flag, value
 
 
 def _seconds(text: str) -> float:

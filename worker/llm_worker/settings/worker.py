@@ -256,7 +256,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         SETTINGS,
         arguments,
         environment,
-        commands={"--check-config": False, "--dump-config-to": True},
+        commands=_COMMANDS,
         not_ours=vllm_arguments.THEIRS | INTERNAL_ENV,
     )
     problems = reader.problems
@@ -299,7 +299,7 @@ def goodput_from_env(environment: Mapping[str, str] | None = None) -> GoodputTar
     """
     environment = os.environ if environment is None else environment
     (setting,) = (setting for setting in SETTINGS if setting.name == "goodput")
-    reader = rows.Reader([setting], (), environment, commands={})
+    reader = rows.Reader([setting], (), environment, commands=())
     if reader.problems:
         raise ConfigError(reader.problems)
     targets: GoodputTargets = reader.values["goodput"]
