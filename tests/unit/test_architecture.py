@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exposition": set(),
     "kv": {"errors", "settings"},
     "serving": {
-        "errors", "exposition", "lifecycle", "link", "logs", "metrics", "processes", "settings",
+        "__init__", "errors", "exposition", "lifecycle", "link", "logs", "metrics", "processes",
+        "settings",
     },
     "observer": {
         "__init__", "errors", "exit_record", "exposition", "kv", "lifecycle", "link", "logs",

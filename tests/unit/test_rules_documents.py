@@ -41,6 +41,8 @@ SYNTHETIC = {
 # On Prometheus' and Alertmanager's own pages: see tests/integration/test_prometheus_config.py.
 PLATFORM = {
     "alertmanager_config_last_reload_successful",
+    # prometheus_client's own of the observer process, under a prefix
+    "llm_worker_observer_process_resident_memory_bytes",
     "alertmanager_notifications_failed_total",
     "prometheus_config_last_reload_successful",
     "prometheus_notifications_alertmanagers_discovered",

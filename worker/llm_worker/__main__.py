@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from llm_worker.errors import EXIT_INTERNAL, EXIT_STOPPED, ConfigError, refuse
 from llm_worker.logs import configure_logging
 from llm_worker.settings.worker import Config, help_text, load
 from llm_worker.supervisor import Supervisor
+
+log = logging.getLogger("llm_worker")
 
 
 def main() -> int:
@@ -27,15 +30,20 @@ def main() -> int:
         command = load(arguments)
         if command.dump_to is not None:
             _dump(command.config, command.dump_to)
+        configure_logging(command.config.log_format, command.config.log_level)
+        for warning in command.warnings:
+            log.warning("%s", warning)
         if command.check_only:
             print(command.config.to_json(), end="")
             return EXIT_STOPPED
-        configure_logging(command.config.log_format)
+        if command.vllm_help:  # vLLM's own parser knows; it takes seconds to import
+            explain = [sys.executable, "-m", "llm_worker.serving", "--explain"]
+            os.execv(sys.executable, [*explain, *command.config.engine_args])  # noqa: S606
         return Supervisor(command.config, arguments, lambda: bool(asked)).run()
     except ConfigError as error:
         return refuse("llm_worker cannot start with these settings", error)
     except Exception:
-        logging.getLogger("llm_worker").exception("unexpected error")
+        log.exception("unexpected error")
         return EXIT_INTERNAL
 
 

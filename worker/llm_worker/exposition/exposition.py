@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from llm_worker.exposition.multiprocess import MultiprocessDirectory
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _Request = tuple[str, bool, frozenset[str]]  # format, compressed, names
 
@@ -351,7 +351,7 @@ class Exposition:
         if fault:
             self._metrics.exporter_source_errors_total.labels(source=source.name).inc()
             if fault != source.complaint:
-                logger.warning(
+                log.warning(
                     "metrics source %s: %s", source.name, fault, extra={"source": source.name}
                 )
         source.complaint = fault

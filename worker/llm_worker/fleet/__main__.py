@@ -131,12 +131,14 @@ def main() -> int:
         print(help_text(), end="")
         return EXIT_STOPPED
     try:
-        config, check_only = load(arguments)
-        if check_only:
-            print(config.to_json(), end="")
+        command = load(arguments)
+        configure_logging(command.config.log_format, command.config.log_level)
+        for warning in command.warnings:
+            log.warning("%s", warning)
+        if command.check_only:
+            print(command.config.to_json(), end="")
             return EXIT_STOPPED
-        configure_logging(config.log_format)
-        service = Service(config)
+        service = Service(command.config)
     except ConfigError as error:
         print("the KV index cannot start with these settings:", file=sys.stderr)
         for problem in error.problems:

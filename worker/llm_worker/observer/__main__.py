@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     end_with_parent(parent)
     try:
         config = load(arguments[6:]).config
-        configure_logging(config.log_format)
+        configure_logging(config.log_format, config.log_level)
         from llm_worker.observer.app import Observer
 
         return Observer(config, *descriptors).run()

@@ -149,14 +149,11 @@ class Observer:
             return None
         from llm_worker.kv.worker import WorkerKv
 
-        connector = config.kv_index.connector
         kv = WorkerKv(
             config.worker_id or f"{socket.gethostname()}:{port}",
             plane=config.kv_index.plane,
             max_blocks=config.kv_index.max_blocks,
-            connector=None
-            if connector is None
-            else (connector.host, connector.port, connector.replay_port),
+            connector=config.kv_index.connector,
         )
         self._exposition.register("kv", kv.collector(), go_on=True)
         return kv

@@ -22,11 +22,15 @@ INTERPRETER_EXIT_SECONDS = 10.0
 
 def main(arguments: list[str]) -> int:
     """Serve as the command line says; return the exit code."""
+    if arguments[:1] == ["--explain"]:
+        from llm_worker.serving.launch import explain
+
+        return explain(arguments[1:])
     parent, board, broker = map(int, arguments[:3])
     end_with_parent(parent)
     try:
         config = load(arguments[4:]).config
-        configure_logging(config.log_format)
+        configure_logging(config.log_format, config.log_level)
         return _run(config, board, broker)
     except ConfigError as error:
         return refuse("llm_worker cannot serve with these settings", error)

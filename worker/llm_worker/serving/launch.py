@@ -11,8 +11,10 @@ import socket
 from argparse import Namespace
 from pathlib import Path
 
-from llm_worker.errors import ConfigError
+from llm_worker import __version__
+from llm_worker.errors import EXIT_CONFIG, EXIT_STOPPED, ConfigError
 from llm_worker.serving import tiny
+from llm_worker.settings import vllm_arguments
 from llm_worker.settings.worker import TINY, Config, cache_directory
 
 TINY_KV_CACHE_BYTES = 256 * 2**20
@@ -50,11 +52,32 @@ def parse_arguments(config: Config) -> Namespace:
         raise ConfigError(["vLLM refused its arguments (see above)"]) from error
     except (TypeError, ValueError) as error:
         raise ConfigError([f"vLLM refused its arguments: {error}"]) from error
+    problems = vllm_arguments.problems(args)
     if args.model_tag is not None:
         fix = f"give --model {args.model_tag}, or the model before all options"
-        raise ConfigError([f"{args.model_tag!r} stands among the options: {fix}"])
+        problems.append(f"{args.model_tag!r} stands among the options: {fix}")
+    if problems:
+        raise ConfigError(problems)
     namespace: Namespace = args
     return namespace
+
+
+def explain(arguments: list[str]) -> int:
+    """Print what was asked of vLLM's own options, or the versions; return the exit code."""
+    if "--version" in arguments:
+        import vllm
+
+        print(f"llm_worker {__version__}, vLLM {vllm.__version__}")
+        return EXIT_STOPPED
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="llm_worker"))
+    try:
+        parser.parse_args(arguments)
+    except SystemExit as error:
+        return EXIT_CONFIG if error.code else EXIT_STOPPED
+    return EXIT_STOPPED
 
 
 def _defaults(config: Config) -> list[str]:
@@ -71,7 +94,7 @@ def _defaults(config: Config) -> list[str]:
         }
         defaults += ["--kv-events-config", json.dumps(events)]
     if config.model == TINY and not Path(TINY).exists():
-        model = tiny.make(cache_directory() / TINY)
+        model = tiny.make(cache_directory() / tiny.directory_name())
         defaults += ["--model", str(model), "--load-format", "dummy", "--served-model-name", TINY]
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             defaults += ["--kv-cache-memory-bytes", str(TINY_KV_CACHE_BYTES)]
