@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, name: str, rank: int = 0, index: Index | None = None) -> None:
         self.index = Index() if index is None else index
         self.source = self.index.source(name, rank)
-        self.source.trust()
+        self.source.trust.synchronised()
         self.plane: Plane | None = None
         self._lock = threading.Lock()
 

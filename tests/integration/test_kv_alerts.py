@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 import waiting
 from llm_worker.exposition.exposition import Exposition
 from llm_worker.kv.collector import KvCollector
-from llm_worker.kv.follow.stream import CAPACITY_BATCHES
+from llm_worker.kv.follow.holdback import CAPACITY_BATCHES
 from llm_worker.kv.index.audit import Auditor, digest
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline

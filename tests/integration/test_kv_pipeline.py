@@ -12,6 +12,7 @@ import pytest
 
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import Index, Sink, Source
+from llm_worker.kv.index.trust import Trust
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.transport import EventSocket
 from llm_worker.kv.stats import PlaneStats
@@ -180,13 +181,13 @@ def test_a_listener_is_made_on_the_thread_that_writes_the_index(
 ) -> None:
     """Making it marks its source, which the thread may be writing for another listener."""
     threads: list[str] = []
-    mark = Source.mark_stale
+    following = Trust.following
 
-    def marking(source: Source, reason: str) -> None:
+    def marking(trust: Trust) -> None:
         threads.append(threading.current_thread().name)
-        mark(source, reason)
+        following(trust)
 
-    monkeypatch.setattr(Source, "mark_stale", marking)
+    monkeypatch.setattr(Trust, "following", marking)
     pipeline.start()
     listen(pipeline, socket)
     pipeline.listen(socket.endpoint, None, worker="w", rank=1, part="connector")

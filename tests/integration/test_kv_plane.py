@@ -270,9 +270,9 @@ def test_what_a_worker_does_not_trust_is_not_trusted_by_the_fleet(
     worker.store(5)
     fleet = fleets(source(worker.plane))  # type: ignore[arg-type]
     until("the fleet to be the same", lambda: same(worker, fleet.index))
-    worker.source.mark_stale("gap")
+    worker.source.trust.gap_opened()
     until("the doubt to arrive", lambda: fleet.index.sources()[0].stale == {"upstream"})
-    worker.source.trust("gap")
+    worker.source.trust.gap_closed()
     until("and to go", lambda: same(worker, fleet.index))
 
 

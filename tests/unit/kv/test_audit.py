@@ -109,9 +109,10 @@ def test_equality_proves_an_index_that_had_lost_batches() -> None:
     """What was lost did not matter, or was made up for since."""
     rank = Rank()
     rank.index(1)
-    for reason in ("gap", "missed_first", "undecodable", "audit"):
-        rank.source.mark_stale(reason)
-    rank.source.mark_stale("disconnected")
+    trust = rank.source.trust
+    for fact in (trust.lost, trust.missed_first, trust.not_understood, trust.drifted):
+        fact()
+    trust.disconnected()
     assert verdict(auditor(rank, told(1)))["outcome"] == "equal"
     assert rank.source.stale == {"disconnected"}
 

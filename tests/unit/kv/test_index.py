@@ -220,13 +220,13 @@ def test_a_clear_forgets_a_rank_or_one_of_its_media() -> None:
 def test_the_bound_is_kept_refusals_are_counted_and_the_source_is_stale() -> None:
     """An index that is full answers less, never more; a clear makes it true again."""
     source = source_of(stored(1, 2, 3), max_blocks=4)
-    source.trust()
+    source.trust.synchronised()
     source.apply([stored(4, 5, 6, parent=3)])
     assert source.hashes() == {1, 2, 3, 4} and source.stats.refused_blocks == 2
     assert source.stale == {"index_full"} and consistent(source)
     source.apply([stored(1), removed(2), stored(7), removed(5)])  # a copy needs no room
     assert source.hashes() == {1, 3, 4, 7} and source.stats.unknown_removed_blocks == 1
-    source.mark_stale("audit")
+    source.trust.drifted()
     source.apply([AllBlocksCleared(), stored(8)])
     assert source.hashes() == {8} and source.stale == {"audit"} and consistent(source)
 
@@ -285,13 +285,8 @@ def test_a_new_source_is_stale_until_someone_vouches_for_it() -> None:
     """Nothing was received yet: what the engine holds is unknown."""
     source = source_of()
     assert source.stale == {"unsynchronised"}
-    source.mark_stale("gap")
-    source.trust("unsynchronised")
-    assert source.stale == {"gap"}
-    source.trust()
+    source.trust.synchronised()
     assert not source.stale
-    with pytest.raises(ValueError, match="no reason"):
-        source.mark_stale("tired")
 
 
 def test_the_longest_prefix_is_found_per_worker_rank_and_medium() -> None:
@@ -305,7 +300,7 @@ def test_the_longest_prefix_is_found_per_worker_rank_and_medium() -> None:
     }.items():
         index.source(worker, 0).apply(events)
         if worker != "stale":
-            index.source(worker, 0).trust()
+            index.source(worker, 0).trust.synchronised()
     found = index.match([1, 2, 3, 4, 5])
     assert [(held.worker, held.medium, held.blocks) for held in found] == [
         ("long", "gpu", 4),

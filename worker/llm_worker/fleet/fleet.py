@@ -383,16 +383,14 @@ class Fleet:
         }
         for source in self.index.sources():
             if source.worker in self._duplicates:
-                source.mark_stale("duplicate_worker")
+                source.trust.name_shared()
             doubt = doubted.get((source.worker, source.rank))
-            if doubt:
-                source.mark_stale("upstream")
-            elif doubt is not None and "upstream" in source.stale:
-                source.trust("upstream")
+            if doubt is not None:
+                source.trust.doubted_upstream(doubt)
         answered = {address.key for there in found.values() for address in there.values()}
         for (key, worker, rank), listener in self._listeners.items():
-            if key in answered and (worker, rank) not in doubted and worker not in self._duplicates:
-                listener.source.mark_stale("disconnected")  # somebody else lives there now
+            if key in answered and worker not in self._duplicates:
+                listener.source.trust.elsewhere((worker, rank) not in doubted)
             if worker not in self._duplicates and "duplicate_worker" in listener.source.stale:
                 listener.stream.check_stale()  # which of the two it was, a snapshot tells
 

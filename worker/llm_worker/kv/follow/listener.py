@@ -21,7 +21,8 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from llm_worker.kv.follow.stream import Ask, Outlet, Stream
+from llm_worker.kv.follow.recovery import ReplayRequest
+from llm_worker.kv.follow.stream import Outlet, Stream
 from llm_worker.kv.index.index import Sink
 from llm_worker.kv.plane.transport import END_SEQUENCE, SNAPSHOT
 from llm_worker.kv.stats import ListenerStats
@@ -95,7 +96,7 @@ class Listener:
         self._sub: Socket = None
         self._monitor: Socket = None
         self._dealer: Socket = None
-        self._asked: Ask | None = None  # the question that the DEALER has put, or is about to
+        self._asked: ReplayRequest | None = None  # that the DEALER has put, or is about to
         self._answer_by = _never  # answer or ask again by
         self._last_live = _never
         self._stale_retry = _never
@@ -145,7 +146,7 @@ class Listener:
         if self._dealer is not None and self._dealer in ready:
             self._read_answer()
         now = self._clock()
-        if now >= self.deadline or self.stream.ask is not self._asked:
+        if now >= self.deadline or self.stream.request is not self._asked:
             self._keep_time(now)
 
     def _receive(self) -> list[tuple[bytes, bytes]]:
@@ -221,17 +222,17 @@ class Listener:
     # earlier one cannot be taken for it.
 
     def _keep_time(self, now: float) -> None:
-        ask = self.stream.ask
-        if ask is not self._asked:
+        request = self.stream.request
+        if request is not self._asked:
             self._close_dealer()
-            self._asked = ask
-            if ask is not None:
+            self._asked = request
+            if request is not None:
                 # Where nobody can be asked a gap gets a moment to heal by itself.
-                wait = ask.delay_seconds * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+                wait = request.delay_seconds * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
                 self._answer_by = now + (wait if self.replay_endpoint else LATE_SECONDS)
-        elif ask is not None and now >= self._answer_by:
+        elif request is not None and now >= self._answer_by:
             self._answer_is_due(now)
-        if self.stream.ask is None:
+        if self.stream.request is None:
             self._ask_by_ourselves(now)
         self._set_deadline()
 
@@ -252,7 +253,7 @@ class Listener:
             self.stream.check_tail()
 
     def _set_deadline(self) -> None:
-        if self.stream.ask is not self._asked:
+        if self.stream.request is not self._asked:
             self.deadline = 0.0
         elif self._asked is not None:
             self.deadline = self._answer_by
@@ -304,7 +305,7 @@ class Listener:
                 self.stream.replay_ended()
             elif not self._topic or len(frames) == 3 or frames[1] == self._topic:
                 self.stream.replayed(int.from_bytes(frames[-2], "big"), frames[-1])
-            if self.stream.ask is not asked:
+            if self.stream.request is not asked:
                 return  # answered, or another question by now: the rest is of no use
 
 
