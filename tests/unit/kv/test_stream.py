@@ -888,6 +888,164 @@ def test_a_snapshot_that_breaks_off_is_asked_for_again_and_starts_anew() -> None
     assert ear.held() == {2}
 
 
+def test_a_snapshot_that_is_given_up_leaves_the_index_marked() -> None:
+    """A part of it is held, and neither news nor a quiet publisher make up for the rest."""
+    publisher = Publisher(epoch=1000)
+    ear = Ear(publisher).connect()
+    ear.hear(*[publisher.publish(stored(number)) for number in range(3)])
+    ear.source.trust.lost()
+    ear.stream.check_stale()
+    pieces = ([AllBlocksCleared()], [stored(1)], [stored(2)])
+    for _ in range(ATTEMPTS):
+        for events in pieces[:2]:
+            ear.stream.replayed(publisher.sent[-1][0], encode(1.0, events, 0))
+        assert "unsynchronised" in ear.source.stale
+        ear.fail()
+    assert ear.stream.request is None
+    ear.hear(publisher.publish(stored(10)))
+    ear.stream.check_tail()
+    ear.answer()
+    assert ear.source.stale == {"unsynchronised", "gap"}
+    assert ear.held() == {1, 10}
+    ear.stream.check_stale()
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_a_snapshot_of_pieces_that_cannot_be_read_is_none() -> None:
+    """It is asked for again, and what is held stays until there is a better one."""
+    publisher = Publisher(epoch=1000)
+    ear = Ear(publisher).connect()
+    ear.hear(publisher.publish(stored(1)))
+    ear.source.trust.lost()
+    ear.stream.check_stale()
+    ear.stream.replayed(publisher.sent[-1][0], b"\xc1")
+    ear.stream.replay_ended()
+    assert ear.held() == {1}
+    assert ear.source.stale == {"gap"}
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_a_snapshot_is_not_asked_for_when_the_doubt_ended_meanwhile() -> None:
+    """It would empty an index that is true."""
+    publisher = Publisher(memory=5, epoch=1000)
+    for number in range(9):
+        publisher.publish(stored(number))
+    ear = Ear(publisher)
+    ear.stream.connected()
+    number, payload = publisher.publish(stored(20))
+    ear.hear((number, payload), (number - 20, b"\xc1"))
+    ear.answer()
+    assert ear.is_true()
+    ear.hear((publisher.sent[-1][0] - 1, b"\xc1"))  # a duplicate that cannot be read
+    assert ear.source.stale == {"undecodable"}
+    ear.answer()
+    assert ear.is_true()
+    for _ in range(3):
+        ear.hear(publisher.publish(stored(30)))
+        assert ear.stream.request is None
+
+
+def test_what_is_read_after_the_connection_broke_does_not_end_the_doubt_about_it() -> None:
+    """It was queued here. Nor is anybody asked: who answers may be another process."""
+    for epoch in (None, 1000):
+        ear = Ear(Publisher(epoch=epoch)).connect()
+        messages = [ear.publisher.publish(stored(number)) for number in range(4)]
+        ear.hear(messages[0])
+        ear.stream.disconnected()
+        ear.hear(messages[2], messages[3])
+        assert ear.stream.request is None
+        ear.hear(messages[1])
+        assert ear.held() == {0, 1, 2, 3}
+        assert ear.source.stale == {"disconnected"}
+        ear.hear(ear.publisher.publish(AllBlocksCleared()))
+        assert ear.source.stale == {"disconnected"}
+        ear.stream.connected()
+        assert ear.source.stale == {"disconnected"}
+        ear.answer()
+        assert ear.is_true()
+
+
+def test_what_is_given_up_is_one_failure_and_what_waits_behind_it_goes_on() -> None:
+    """For who knows that nobody has it, as the reader of a NATS stream does."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(6)]
+    ear.hear(messages[0], messages[2], messages[5])
+    ear.stream.give_up("aged_out")
+    assert ear.held() == {0, 2}
+    assert ear.stats.replays == {"aged_out": 1}
+    assert ear.stream.request is not None  # another hole behind the first
+    ear.stream.give_up("aged_out")
+    assert ear.held() == {0, 2, 5}
+    assert ear.stats.replays == {"aged_out": 2}
+    assert ear.stats.batches_lost == 3
+    assert ear.source.stale == {"gap"}
+    ear.stream.give_up("aged_out")  # nothing is asked for
+    assert ear.stats.replays == {"aged_out": 2}
+
+
+def test_a_reconnect_that_nobody_explains_marks_what_goes_on_behind_a_hole_too() -> None:
+    """The answer about the hole may be the first word of another process."""
+    ear = Ear().connect()
+    ear.hear(*[ear.publisher.publish(stored(number)) for number in range(3)])
+    ear.stream.disconnected()
+    ear.publisher.restart()
+    new = [ear.publisher.publish(stored(100 + number)) for number in range(6)]
+    ear.stream.connected()
+    ear.hear(new[5])
+    for _ in range(ATTEMPTS):
+        ear.fail()
+    ear.answer()
+    assert ear.stats.gaps["restart"] == 0
+    assert ear.held() > {1, 105}
+    assert ear.source.stale == {"gap"}
+
+
+def test_a_left_over_of_a_dead_plane_is_not_the_first_batch_of_its_successor() -> None:
+    """Which has published nothing when it is asked, so not even its epoch is known."""
+    ear = Ear(Publisher(epoch=1000)).connect()
+    ear.hear(ear.publisher.publish(stored(1)))
+    left = ear.publisher.publish(stored(2))
+    ear.stream.disconnected()
+    ear.publisher.restart()
+    ear.stream.connected()
+    ear.answer()
+    assert ear.is_true()
+    ear.hear(left)
+    ear.answer()
+    assert ear.is_true()
+    assert ear.held() == set()
+    ear.hear(ear.publisher.publish(stored(3)))
+    ear.answer()
+    assert ear.is_true()
+    assert ear.held() == {3}
+
+
+def test_a_plane_that_started_after_2038_is_followed() -> None:
+    """Its epoch takes the sign bit of the number. One of all ones is no time."""
+    ear = Ear(Publisher(epoch=(1 << 31) + 5)).connect()
+    ear.hear(ear.publisher.publish(stored(1)))
+    ear.hear(((1 << 64) - 2, ear.publisher.sent[0][1]))
+    assert ear.is_true()
+    assert ear.held() == {1}
+    assert ear.stats.undecodable == {"frames": 1}
+
+
+@pytest.mark.parametrize("timestamp", [float("-inf"), -1e308, float("nan"), float("inf")])
+def test_a_time_that_is_none_does_not_ruin_the_sum_of_lags(timestamp: float) -> None:
+    """A counter that became infinite stays so for ever."""
+    for before in (0, 1):  # in order, and one by one
+        ear = Ear()
+        ear.stream.connected()
+        if not before:
+            ear.answer()
+        payload = encode(timestamp, [stored(1)], 0)
+        ear.stream.live([(bytes(8), payload)], 1000.0)
+        ear.answer()
+        assert 0.0 <= ear.stats.lag.total <= 86_400.0
+
+
 def test_a_planes_restart_is_a_jump_of_its_epoch() -> None:
     """Forward, with numbers that look like a gap of four thousand million."""
     ear = Ear(Publisher(epoch=1000)).connect()

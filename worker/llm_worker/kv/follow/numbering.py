@@ -47,16 +47,6 @@ class EngineNumbers:
         """
         return newer or doubtful
 
-    def gone(self, expected: int) -> None:
-        """The process that would have given this number is gone."""
-
-    def may_be_left_over(self, sequence: int) -> bool:
-        """Whether a number may be that of a process that is gone."""
-        return False
-
-    def forget_gone(self) -> None:
-        """Nobody can be asked whose such numbers are: they are taken for the present process's."""
-
 
 class EpochNumbers:
     """Our planes' numbers."""
@@ -66,9 +56,6 @@ class EpochNumbers:
     clear_is_of_all = True
     has_snapshots = True
     verifies = False
-
-    def __init__(self) -> None:
-        self._gone: int | None = None
 
     def is_possible(self, sequence: int) -> bool:
         """As `EngineNumbers`; an epoch of all ones is no second of any clock."""
@@ -87,18 +74,6 @@ class EpochNumbers:
         if self.may_be_one_process(sequence, expected):
             return False
         return doubtful or sequence > expected
-
-    def gone(self, expected: int) -> None:
-        """As `EngineNumbers`."""
-        self._gone = expected | COUNTER_MASK
-
-    def may_be_left_over(self, sequence: int) -> bool:
-        """As `EngineNumbers`. A clock that was set back makes such numbers, too."""
-        return self._gone is not None and sequence <= self._gone
-
-    def forget_gone(self) -> None:
-        """As `EngineNumbers`."""
-        self._gone = None
 
 
 Numbering: TypeAlias = EngineNumbers | EpochNumbers

@@ -296,7 +296,9 @@ class Stream:
 
     def _first(self, sequence: int, payload: bytes, wall: float) -> None:
         """The first batch of a publisher that could not be asked for what was before it."""
-        if self._numbers.may_be_left_over(sequence) and self._replayable:
+        if self._replayable and self._connections > 1 and not self._doubtful:
+            # It had published nothing when it was asked, so this may be a dead process's batch that
+            # was still queued here. Asking for it tells.
             self._ask_who()
             self._holdback.set_aside(sequence, payload)
             return
@@ -305,6 +307,7 @@ class Stream:
         self.source.trust.synchronised()
         self._apply(sequence, payload, wall)
         self.stats.batches_applied += 1
+        self._settle_doubt()
 
     def _in_turn(self, sequence: int, payload: bytes, wall: float) -> None:
         """The very next number; whether it is the publisher's is another question."""
@@ -316,9 +319,9 @@ class Stream:
             if self._recovery.state is State.FOLLOWING:
                 self._recovery.begin(Event.HOLE, sequence)
             return
-        self._settle_doubt()
         self._apply(sequence, payload, wall)
         self.stats.batches_applied += 1
+        self._settle_doubt()
         if self._holdback.held:
             self._drain()
             self._heal()
@@ -478,14 +481,18 @@ class Stream:
         self._recovery.on(Event.IDENTIFIED)
 
     def _settle_doubt(self) -> None:
-        """The numbers go on after a reconnect, and whether it is the same process was not told."""
+        """A batch came after a reconnect, and nobody told whose it is.
+
+        After it was applied: if it was the dead process's, a clear in it proves nothing.
+        """
         if self._doubtful:
             self._doubtful = False
             self._doubt_identity()
             self.source.trust.reached()
 
     def _doubt_identity(self) -> None:
-        if not self._numbers.tell_process:
+        # A plane's number tells it, but for a batch of the dead process that was still queued.
+        if self._replayable or not self._numbers.tell_process:
             self._doubt(self.source.trust.lost)
 
     def _count_missed_start(self) -> None:
@@ -518,8 +525,6 @@ class Stream:
     def _forget_process(self) -> None:
         """Nothing of the last process's is held any more."""
         self.stats.gaps["restart"] += 1
-        if self.next is not None:
-            self._numbers.gone(self.next)
         self._forget_waiting()
         self._doubtful = self._snapshot_due = False
         self.clear(self._timestamp)
@@ -656,8 +661,8 @@ class Stream:
         """Nobody has what is missing. What came since is applied, and the index is marked."""
         recovery, state = self._recovery, self._recovery.state
         recovery.end(Event.GIVEN_UP)
-        self._doubtful = self._doubtful or state is State.RESUME
-        self._numbers.forget_gone()
+        again = self._replayable and self._connections > 1
+        self._doubtful = state is State.RESUME or (state is State.INITIAL and again)
         waiting = len(self._holdback)
         self._take_unverified()
         if self._holdback.held and recovery.state is State.FOLLOWING:
