@@ -55,7 +55,7 @@ class Process:
         last = self.first + len(self.sent) - 1
         blocks = list(self.states[-1].elements())
         pieces = [[AllBlocksCleared()], [stored(*blocks[::2])], [stored(*blocks[1::2])]]
-        return [(last, encode(self.clock, events, 0)) for events in pieces]  # type: ignore[arg-type]
+        return [(last, encode(self.clock, events, 0)) for events in pieces]
 
 
 def stored(*hashes: int) -> BlockStored:

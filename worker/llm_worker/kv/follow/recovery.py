@@ -109,15 +109,8 @@ class Recovery:
     """The state, the present question, and how far asking got."""
 
     __slots__ = (
-        "_asked",
-        "applied",
-        "attempts",
-        "outcome",
-        "reachable",
-        "replies",
-        "request",
-        "snapshot_at",
-        "state",
+        "_asked", "applied", "attempts", "outcome", "reachable", "replies", "request",
+        "snapshot_at", "snapshot_understood", "state",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -129,6 +122,7 @@ class Recovery:
         self.applied = 0  # of those
         self.outcome = "complete"  # of stats.REPLAY_OUTCOMES
         self.snapshot_at: int | None = None  # the number at which the snapshot's pieces are true
+        self.snapshot_understood = True  # no piece of it was dropped
         self._asked = 0
 
     def on(self, event: Event) -> None:
@@ -149,7 +143,7 @@ class Recovery:
     def ask(self, start: int | None, delay_seconds: float = 0.0) -> None:
         """Put a question, or put it again."""
         self.replies = self.applied = 0
-        self.snapshot_at = None
+        self.snapshot_at, self.snapshot_understood = None, True
         self._asked += 1
         self.request = ReplayRequest(self._asked, start, delay_seconds) if self.reachable else None
 

@@ -727,7 +727,7 @@ class Stream:
             batch = self._decode(payload)
         except WireError as error:
             self.stats.undecodable[error.reason] += 1
-            recovery.outcome = "undecodable"
+            recovery.snapshot_understood = False
             return
         if recovery.snapshot_at is None:
             recovery.snapshot_at = sequence
@@ -743,7 +743,7 @@ class Stream:
             return
         recovery.end(Event.COMPLETE)
         self.stats.replays["complete"] += 1
-        self.source.trust.snapshot_ended(understood=recovery.outcome == "complete")
+        self.source.trust.snapshot_ended(understood=recovery.snapshot_understood)
         self._snapshot_due = False
         self.next = recovery.snapshot_at + 1
         self.stats.sequence = recovery.snapshot_at
