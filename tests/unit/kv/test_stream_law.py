@@ -54,7 +54,11 @@ class Process:
     def snapshot(self) -> list[Message]:
         last = self.first + len(self.sent) - 1
         blocks = list(self.states[-1].elements())
-        pieces = [[AllBlocksCleared()], [stored(*blocks[::2])], [stored(*blocks[1::2])]]
+        pieces: list[list[Event]] = [
+            [AllBlocksCleared()],
+            [stored(*blocks[::2])],
+            [stored(*blocks[1::2])],
+        ]
         return [(last, encode(self.clock, events, 0)) for events in pieces]
 
 
@@ -109,7 +113,7 @@ class History:
         if kind < 0.6 or not held:
             event = stored(*self.dice.sample(range(20), self.dice.randrange(1, 4)))
         elif kind < 0.93:
-            event = BlockRemoved(hashes=self.dice.sample(held, 1))  # type: ignore[arg-type]
+            event = BlockRemoved(hashes=self.dice.sample(held, 1))
         else:
             event = AllBlocksCleared()
         self.on_the_way.append(self.process.publish(event))

@@ -22,7 +22,7 @@ import zmq
 
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.follow.merge import ENGINE, MergedRank
-from llm_worker.kv.follow.stream import Outlet as StreamOutlet
+from llm_worker.kv.follow.writer import Outlet as StreamOutlet
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.stats import ListenerStats, MergeStats, PlaneStats
 

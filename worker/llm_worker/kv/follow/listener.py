@@ -22,7 +22,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from llm_worker.kv.follow.recovery import ReplayRequest
-from llm_worker.kv.follow.stream import Outlet, Stream
+from llm_worker.kv.follow.stream import Stream
+from llm_worker.kv.follow.writer import Outlet
 from llm_worker.kv.index.index import Sink
 from llm_worker.kv.plane.transport import END_SEQUENCE, SNAPSHOT
 from llm_worker.kv.stats import ListenerStats

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from llm_worker.kv.follow.consolidator import Consolidator
-from llm_worker.kv.follow.stream import Outlet
+from llm_worker.kv.follow.writer import Outlet
 from llm_worker.kv.index.index import MAX_LANES, Lane, Source
 from llm_worker.kv.stats import MergeStats
 from llm_worker.kv.wire import ALL_MEDIA, AllBlocksCleared, Event, encode

@@ -13,8 +13,7 @@ it is costs a replay from the start, never a wrong index; where nobody can tell,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from llm_worker.kv.follow.holdback import CAPACITY_BATCHES, Holdback
 from llm_worker.kv.follow.numbering import EngineNumbers, EpochNumbers, Numbering
@@ -26,28 +25,9 @@ from llm_worker.kv.follow.recovery import (
     ReplayRequest,
     State,
 )
+from llm_worker.kv.follow.writer import Outlet, Writer
 from llm_worker.kv.index.index import Sink
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import (
-    ALL_MEDIA,
-    AllBlocksCleared,
-    Batch,
-    Decoder,
-    WireError,
-    encode,
-)
-from llm_worker.kv.wire import Event as BlockEvent
-
-LAG_MAX_SECONDS = 86_400.0  # what a publisher says beyond that is no time
-
-
-class Outlet(Protocol):
-    """Where batches go after they were indexed."""
-
-    def publish(
-        self, source: Sink, payload: bytes, events: Sequence[BlockEvent], timestamp: float
-    ) -> None:
-        """Take one batch; never blocks and never raises."""
 
 
 class Stream:
@@ -77,16 +57,12 @@ class Stream:
         self._numbers: Numbering = (
             EpochNumbers() if epochs else EngineNumbers(replayable=replayable)
         )
-        self._outlets = outlets
-        self._decode = Decoder().decode
-        self._timestamp = 0.0  # of the last batch applied
+        self._writer = Writer(source, stats, self._numbers, outlets)
         self._holdback = Holdback(stats, capacity_batches)
         self._recovery = Recovery()
         self._connections = 0
         self._denied_at: int | None = None  # what was `next` when it last had nothing from there on
         self._doubtful = False  # reconnected, and nobody could be asked who it is
-        self._snapshot_due = False
-        self._at: int | None = None  # the batch in hand, for `skip`
         source.trust.following()
 
     @property
@@ -139,7 +115,7 @@ class Stream:
     def check_stale(self) -> None:
         """Try again to make a stale index true; nothing to do for an engine's own stream."""
         if self.stats.connected:
-            self._snapshot_due = True
+            self._writer.doubted = True
             self._want_snapshot()
 
     def live(self, messages: Sequence[tuple[bytes, bytes]], wall: float) -> None:
@@ -155,7 +131,8 @@ class Stream:
             and not self._doubtful
             and not self._is_unheard()
         ):
-            done = self._in_order(messages, wall)
+            done = self._writer.in_order(messages, self.next, wall)
+            self.next += done
             if done == len(messages):
                 return
         for frame, payload in messages[done:]:
@@ -213,10 +190,7 @@ class Stream:
 
     def clear(self, timestamp: float) -> None:
         """The publisher's blocks are gone, and it will say so only later."""
-        self.source.clear()
-        if self._outlets:
-            events: list[BlockEvent] = [AllBlocksCleared()]
-            self._publish(encode(timestamp, events, self.source.rank), events, timestamp)
+        self._writer.clear(timestamp)
 
     def audited_equal(self) -> None:
         """The engine's GPU holds exactly what is held of it here."""
@@ -226,56 +200,14 @@ class Stream:
 
     def skip(self) -> bool:
         """Go on behind the batch in hand, which broke something; whether there was one."""
-        if self._at is None:
+        sequence, self._writer.at = self._writer.at, None
+        if sequence is None:
             return False
-        sequence, self._at = self._at, None
         self.stats.batches_lost += 1
-        self._doubt(self.source.trust.not_understood)
+        self._writer.doubt(self.source.trust.not_understood)
         if self.next is not None and sequence >= self.next:
             self.next = sequence + 1
         return True
-
-    # In order: the hot path.
-
-    def _in_order(self, messages: Sequence[tuple[bytes, bytes]], wall: float) -> int:
-        """Apply messages as long as each is the next; how many there were."""
-        assert self.next is not None
-        first = expected = self.next
-        decode, apply, source, outlets = self._decode, self.source.apply, self.source, self._outlets
-        number = int.from_bytes
-        verifies, clear_is_of_all = self._numbers.verifies, self._numbers.clear_is_of_all
-        latest = self._timestamp if verifies else float("-inf")
-        applied: Batch | None = None
-        oldest = 0.0
-        for frame, payload in messages:
-            if number(frame, "big") != expected:
-                break
-            self._at = expected
-            try:
-                batch = decode(payload)
-            except WireError:
-                break
-            # Only a part of it was understood; or it is older than its predecessor.
-            if type(batch) is not Batch or batch.timestamp < latest:
-                break
-            if apply(batch.events) and not clear_is_of_all:
-                self._doubt(source.trust.cleared_in_part)
-            if expected == first:
-                oldest = batch.timestamp
-            expected += 1
-            if verifies:
-                latest = batch.timestamp
-            if outlets:
-                for outlet in outlets:
-                    outlet.publish(source, payload, batch.events, batch.timestamp)
-            applied = batch
-        self._at = None
-        if applied is not None:
-            self.next = expected
-            self.stats.batches_applied += expected - first
-            self._observe_lag(wall - oldest, expected - first)
-            self._note(expected - 1, applied)
-        return expected - first
 
     # One batch, in any state.
 
@@ -305,13 +237,13 @@ class Stream:
         self.next = sequence
         self._count_missed_start()
         self.source.trust.synchronised()
-        self._apply(sequence, payload, wall)
+        self._write(sequence, payload, wall)
         self.stats.batches_applied += 1
         self._settle_doubt()
 
     def _in_turn(self, sequence: int, payload: bytes, wall: float) -> None:
         """The very next number; whether it is the publisher's is another question."""
-        if self._is_older(payload):
+        if self._writer.is_older(payload):
             self.stats.batches_duplicate += 1
             return
         if self._is_unheard():
@@ -319,7 +251,7 @@ class Stream:
             if self._recovery.state is State.FOLLOWING:
                 self._recovery.begin(Event.HOLE, sequence)
             return
-        self._apply(sequence, payload, wall)
+        self._write(sequence, payload, wall)
         self.stats.batches_applied += 1
         self._settle_doubt()
         if self._holdback.held:
@@ -339,108 +271,40 @@ class Stream:
     def _out_of_line(self, sequence: int, payload: bytes) -> None:
         """A number that is not to come now: a late duplicate's, or another process's."""
         assert self.next is not None
-        made, numbers = self._made(payload), self._numbers
+        writer, numbers = self._writer, self._numbers
+        batch = writer.decoded(payload)
         one_process = numbers.may_be_one_process(sequence, self.next)
-        if made is None and one_process:
-            self._doubt(self.source.trust.not_understood)
+        if batch is None and one_process:
+            writer.doubt(self.source.trust.not_understood)
             return
-        newer = made is not None and made > self._timestamp
+        newer = batch is not None and batch.timestamp > writer.timestamp
         if numbers.is_restart(sequence, self.next, newer=newer, doubtful=self._doubtful):
             self._restarted(sequence, payload)
             return
         self.stats.batches_duplicate += 1
-        if not one_process and (made is None or made >= self._timestamp):
+        if not one_process and (batch is None or batch.timestamp >= writer.timestamp):
             # Its predecessor still speaks on the same connection: two that share a name.
-            self._doubt(self.source.trust.name_shared)
-
-    def _made(self, payload: bytes) -> float | None:
-        """When a batch was made, in its publisher's time; None: it cannot be decoded, counted."""
-        try:
-            return self._decode(payload).timestamp
-        except WireError as error:
-            self.stats.undecodable[error.reason] += 1
-            return None
-
-    def _is_older(self, payload: bytes) -> bool:
-        """Whether a batch was made before the last one applied, which has a lower number."""
-        try:
-            return self._numbers.verifies and self._decode(payload).timestamp < self._timestamp
-        except WireError:
-            return False
+            self._writer.doubt(self.source.trust.name_shared)
 
     def _is_unheard(self) -> bool:
         """Whether the process had published nothing when it was asked, and another one had before.
 
         What comes as its first batch may be the other's, still queued here; asking for it tells.
         """
-        return self._timestamp == 0.0 and self._connections > 1 and self._numbers.verifies
-
-    def _apply(self, sequence: int, payload: bytes, wall: float = 0.0) -> None:
-        """Apply one batch, whatever it is; it is the next one."""
-        self._at = sequence
-        self.next = sequence + 1
-        stats, source = self.stats, self.source
-        try:
-            batch = self._decode(payload)
-        except WireError as error:
-            stats.undecodable[error.reason] += 1
-            stats.batches_lost += 1
-            stats.sequence = sequence
-            self._doubt(source.trust.not_understood)
-            self._at = None
-            return
-        if source.stale and self._clears(batch.events):
-            source.trust.emptied()  # before it is applied: it may give reason for doubt again
-        if source.apply(batch.events) and not self._numbers.clear_is_of_all:
-            self._doubt(source.trust.cleared_in_part)
-        if type(batch) is not Batch:
-            stats.undecodable.update(batch.rejected)
-            stats.unknown_events += batch.unknown
-            if batch.rejected:
-                self._doubt(source.trust.not_understood)
-            payload = encode(batch.timestamp, batch.events, batch.rank)
-        if wall:
-            self._observe_lag(wall - batch.timestamp)
-        self._note(sequence, batch)
-        self._publish(payload, batch.events, batch.timestamp)
-        self._at = None
-
-    def _note(self, sequence: int, batch: Batch) -> None:
-        """Remember the last batch applied."""
-        self.stats.sequence = sequence
-        self.stats.last_batch_timestamp_seconds = batch.timestamp
-        self._timestamp = batch.timestamp
-
-    def _observe_lag(self, seconds: float, batches: int = 1) -> None:
-        self.stats.lag.observe(min(max(0.0, seconds), LAG_MAX_SECONDS), batches)
-
-    def _publish(self, payload: bytes, events: Sequence[BlockEvent], timestamp: float) -> None:
-        for outlet in self._outlets:
-            outlet.publish(self.source, payload, events, timestamp)
-
-    def _clears(self, events: Iterable[BlockEvent]) -> bool:
-        """Whether the publisher says that it holds nothing any more, on any medium."""
-        return any(
-            isinstance(event, AllBlocksCleared)
-            and (event.medium == ALL_MEDIA or (event.medium is None and self._means_all()))
-            for event in events
-        )
-
-    def _means_all(self) -> bool:
-        """Whether a clear that names no medium is of all: the GPU has all, or a plane says so."""
-        source = self.source
-        return self._numbers.clear_is_of_all or not (
-            source.beside_gpu() or "other_media" in source.stale
-        )
+        return self._writer.timestamp == 0.0 and self._connections > 1 and self._numbers.verifies
 
     def _drain(self) -> None:
         """Apply what was held back and has its turn now."""
         while self.next is not None and (payload := self._holdback.take(self.next)) is not None:
-            if self._is_older(payload):
+            if self._writer.is_older(payload):
                 self.stats.batches_duplicate += 1
                 return
-            self._apply(self.next, payload)
+            self._write(self.next, payload)
             self.stats.batches_late += 1
+
+    def _write(self, sequence: int, payload: bytes, wall: float = 0.0) -> None:
+        self.next = sequence + 1
+        self._writer.apply(sequence, payload, wall)
 
     # Who it is.
 
@@ -463,11 +327,9 @@ class Stream:
             or self._numbers.tell_process
         ):
             return False
-        try:
-            made = self._decode(payload).timestamp
-        except WireError:
-            return False  # as undecodable as it was then
-        return made != self.stats.last_batch_timestamp_seconds
+        made = self._writer.made(payload)
+        # None: as undecodable as it was then.
+        return made is not None and made != self.stats.last_batch_timestamp_seconds
 
     def _identified(self, sequence: int) -> None:
         """The first reply is here, and of the process that we know if we know any."""
@@ -477,7 +339,7 @@ class Stream:
         elif sequence >= self.next and not self._numbers.tell_process:
             # It does not have the batch that would tell.
             self._recovery.outcome = "aged_out"
-            self._doubt(self.source.trust.lost)
+            self._writer.doubt(self.source.trust.lost)
         self._recovery.on(Event.IDENTIFIED)
 
     def _settle_doubt(self) -> None:
@@ -493,7 +355,7 @@ class Stream:
     def _doubt_identity(self) -> None:
         # A plane's number tells it, but for a batch of the dead process that was still queued.
         if self._replayable or not self._numbers.tell_process:
-            self._doubt(self.source.trust.lost)
+            self._writer.doubt(self.source.trust.lost)
 
     def _count_missed_start(self) -> None:
         """Count and mark it when the next batch is not its publisher's first."""
@@ -502,7 +364,7 @@ class Stream:
         if missed:
             self.stats.gaps["initial"] += 1
             self.stats.batches_lost += missed
-            self._doubt(self.source.trust.missed_first)
+            self._writer.doubt(self.source.trust.missed_first)
 
     def _replaced(self) -> None:
         """By its answer another process publishes: all of its batches are asked for."""
@@ -526,9 +388,8 @@ class Stream:
         """Nothing of the last process's is held any more."""
         self.stats.gaps["restart"] += 1
         self._forget_waiting()
-        self._doubtful = self._snapshot_due = False
-        self.clear(self._timestamp)
-        self._timestamp = 0.0
+        self._doubtful = False
+        self._writer.forget_process()
 
     def _forget_waiting(self) -> None:
         self._holdback.clear()
@@ -572,7 +433,7 @@ class Stream:
             recovery.on(Event.HOLE)
         recovery.applied += 1
         self._holdback.take(sequence)
-        self._apply(sequence, payload)
+        self._write(sequence, payload)
         self.stats.batches_replayed += 1
         self._drain()
 
@@ -601,10 +462,10 @@ class Stream:
         taken for its own only when it is denied again.
         """
         again, self._denied_at = self._denied_at == self.next, self.next
-        comparable = self._timestamp > 0 or self._numbers.tell_process
+        comparable = self._writer.timestamp > 0 or self._numbers.tell_process
         unknown = not (comparable or again or self._connections < 2)
         for sequence, payload in list(self._holdback.held.items()):
-            if unknown or self._is_older(payload):
+            if unknown or self._writer.is_older(payload):
                 self._holdback.take(sequence)
                 self.stats.batches_duplicate += 1
 
@@ -655,7 +516,7 @@ class Stream:
         if self._recovery.state is not State.TAIL:
             self.stats.replays[outcome] += 1
         if self._recovery.state in (State.GAP, State.RESTART):
-            self._doubt(self.source.trust.gap_opened)
+            self._writer.doubt(self.source.trust.gap_opened)
 
     def _go_on_without(self) -> None:
         """Nobody has what is missing. What came since is applied, and the index is marked."""
@@ -672,7 +533,7 @@ class Stream:
         if is_whole and self._holdback.held:  # and another hole
             self._miss()
         elif is_whole and self._is_to_come(self._holdback.take_dropped()):
-            self._doubt(self.source.trust.gap_opened)
+            self._writer.doubt(self.source.trust.gap_opened)
         if self.next is None:  # heard of, and not heard: what it holds is as unknown as before
             self.source.trust.reached()
         elif waiting and is_whole and state in (State.CATCH_UP, State.GAP, State.RESTART):
@@ -684,19 +545,19 @@ class Stream:
         before = sorted(number for number in self._holdback.held if number < sequence)
         for number in [*before, sequence]:
             payload = self._holdback.take(number) if number < sequence else None
-            if payload is not None and self._is_older(payload):
+            if payload is not None and self._writer.is_older(payload):
                 self.stats.batches_duplicate += 1  # left over from another process
                 continue
             if number > self.next:
                 self.stats.batches_lost += number - self.next
                 at_start = self.next == self._numbers.first_of(self.next)
                 trust = self.source.trust
-                self._doubt(trust.missed_first if at_start else trust.lost)
+                self._writer.doubt(trust.missed_first if at_start else trust.lost)
                 self.next = number
             if payload is not None:
                 if self._is_unheard():  # and the publisher has forgotten what it was asked for
                     self._doubt_identity()
-                self._apply(number, payload)
+                self._write(number, payload)
                 self.stats.batches_late += 1
 
     def _take_unverified(self) -> None:
@@ -706,15 +567,10 @@ class Stream:
 
     # Snapshots: our planes only.
 
-    def _doubt(self, fact: Callable[[], None]) -> None:
-        """What is held here may differ from what the publisher holds, until it tells all of it."""
-        fact()
-        self._snapshot_due = True
-
     def _want_snapshot(self) -> None:
         """Ask for all blocks where that ends a doubt."""
-        if self._snapshot_due and self._recovery.state is State.FOLLOWING:
-            self._snapshot_due = False
+        if self._writer.doubted and self._recovery.state is State.FOLLOWING:
+            self._writer.doubted = False
             trust = self.source.trust
             helps = trust.curable or (trust.refused_blocks and self.source.has_room())
             if helps and self._numbers.has_snapshots and self._replayable:
@@ -723,18 +579,10 @@ class Stream:
     def _snapshot_piece(self, sequence: int, payload: bytes) -> None:
         """One piece; all have the number at which the snapshot is true."""
         recovery = self._recovery
-        try:
-            batch = self._decode(payload)
-        except WireError as error:
-            self.stats.undecodable[error.reason] += 1
+        if not self._writer.apply_piece(payload, first=recovery.snapshot_at is None):
             recovery.snapshot_understood = False
-            return
-        if recovery.snapshot_at is None:
+        elif recovery.snapshot_at is None:
             recovery.snapshot_at = sequence
-            self.source.trust.snapshot_began()
-            self.clear(batch.timestamp)
-        self.source.apply(batch.events)
-        self._publish(payload, batch.events, batch.timestamp)
 
     def _snapshot_ended(self) -> None:
         recovery = self._recovery
@@ -744,7 +592,7 @@ class Stream:
         recovery.end(Event.COMPLETE)
         self.stats.replays["complete"] += 1
         self.source.trust.snapshot_ended(understood=recovery.snapshot_understood)
-        self._snapshot_due = False
+        self._writer.doubted = False
         self.next = recovery.snapshot_at + 1
         self.stats.sequence = recovery.snapshot_at
         for sequence in sorted(self._holdback.held):
