@@ -54,12 +54,8 @@ class Process:
     def snapshot(self) -> list[Message]:
         last = self.first + len(self.sent) - 1
         blocks = list(self.states[-1].elements())
-        pieces: list[list[Event]] = [
-            [AllBlocksCleared()],
-            [stored(*blocks[::2])],
-            [stored(*blocks[1::2])],
-        ]
-        return [(last, encode(self.clock, events, 0)) for events in pieces]
+        events = (AllBlocksCleared(), stored(*blocks[::2]), stored(*blocks[1::2]))
+        return [(last, encode(self.clock, [event], 0)) for event in events]
 
 
 def stored(*hashes: int) -> BlockStored:

@@ -59,17 +59,14 @@ class Writer:
         self.doubted = True
 
     def in_order(self, messages: Sequence[tuple[bytes, bytes]], first: int, wall: float) -> int:
-        """Apply messages as long as each is the next, from number ``first`` on; how many there were.
+        """Apply messages as long as each is the next, from number ``first`` on. The hot path.
 
-        It stops before one that is to be looked at closely. The hot path.
+        Returns:
+            How many there were. It stops before one that is to be looked at closely.
         """
         expected = first
-        decode, apply, source, outlets = (
-            self._decode,
-            self._source.apply,
-            self._source,
-            self._outlets,
-        )
+        decode, source, outlets = self._decode, self._source, self._outlets
+        apply = source.apply
         number = int.from_bytes
         verifies, clear_is_of_all = self._numbers.verifies, self._numbers.clear_is_of_all
         latest = self.timestamp if verifies else float("-inf")
