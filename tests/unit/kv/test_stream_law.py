@@ -12,6 +12,8 @@ from collections import Counter
 
 import pytest
 
+from llm_worker.kv.follow.recovery import ALWAYS, TRANSITIONS, Recovery, State
+from llm_worker.kv.follow.recovery import Event as RecoveryEvent
 from llm_worker.kv.follow.stream import Stream
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.plane.topics import EPOCH_BITS
@@ -259,8 +261,31 @@ def test_an_index_that_is_trusted_is_exactly_what_the_living_process_held(kind: 
     are cut, holed or missing, and snapshots that break off.
     """
     for seed in range(SEEDS):
-        history = History(random.Random(seed), kind)
-        try:
-            history.run(history.dice.randrange(5, 60))
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {error}; after {history.steps}") from error
+        live(seed, kind)
+
+
+def live(seed: int, kind: str) -> None:
+    history = History(random.Random(seed), kind)
+    try:
+        history.run(history.dice.randrange(5, 60))
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}; after {history.steps}") from error
+
+
+def test_every_arrow_of_the_table_is_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that nothing leads to, or away from, is one too many. What may happen in any state
+    happens in some.
+    """
+    walked: set[tuple[State, RecoveryEvent]] = set()
+    on = Recovery.on
+
+    def walk(recovery: Recovery, event: RecoveryEvent) -> None:
+        walked.add((recovery.state, event))
+        on(recovery, event)
+
+    monkeypatch.setattr(Recovery, "on", walk)
+    for seed in range(300):
+        for kind in ("engine", "planes"):
+            live(seed, kind)
+    assert {arrow for arrow in TRANSITIONS if arrow[1] not in ALWAYS} <= walked
+    assert {event for _, event in walked} == set(RecoveryEvent)

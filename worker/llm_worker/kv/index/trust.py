@@ -69,7 +69,7 @@ class Trust:
 
     def following(self) -> None:
         """Somebody begins to listen, and has heard nothing."""
-        self._set(synchronised=False)
+        self._set(synchronised=False, elsewhere=False)
 
     def connected(self) -> None:
         """There is a publisher; who it is and what was missed meanwhile is another question."""
@@ -267,7 +267,8 @@ REASONS = (
         lambda facts: facts._away or facts._missed or facts._elsewhere,
         ("disconnected", "elsewhere"),
         (
-            "reached", "synchronised", "caught_up", "restarted", "snapshot_ended", "elsewhere",
+            "following", "reached", "synchronised", "caught_up", "restarted", "snapshot_ended",
+            "elsewhere",
         ),
         "stream, fleet, NATS reader",
         curable=False,
