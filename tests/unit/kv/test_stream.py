@@ -1057,6 +1057,16 @@ def test_a_planes_restart_is_a_jump_of_its_epoch() -> None:
     assert ear.stats.batches_lost == 0
 
 
+@pytest.mark.parametrize("checks_rank", [True, False])
+def test_batches_of_another_rank_mark_the_index(checks_rank: bool) -> None:
+    """A wrong port would give this rank another one's blocks. Not all publishers say a rank."""
+    ear = Ear(checks_rank=checks_rank).connect()
+    ear.hear((0, encode(1.0, [stored(1)], None)), (1, encode(2.0, [stored(2)], 0)))
+    assert not ear.source.stale
+    ear.hear((2, encode(3.0, [stored(3)], 7)))
+    assert ear.source.stale == ({"duplicate_worker"} if checks_rank else set())
+
+
 def test_two_publishers_with_one_workers_name_mark_it() -> None:
     """The older one still speaks after the younger was heard on the same connection."""
     older, younger = Publisher(epoch=1000), Publisher(epoch=2000)

@@ -364,6 +364,8 @@ class Fleet:
                 worker=address.name,
                 rank=rank,
                 topic=endpoint.topic,
+                # One alone may be any rank of a larger deployment, under a name of its own.
+                checks_rank=endpoint.ranks > 1,
             )
 
     def _watch_vllm(self, now: float) -> None:

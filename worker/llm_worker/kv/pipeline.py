@@ -85,12 +85,14 @@ class Pipeline:
         epochs: bool = False,
         block_size: int | None = None,
         part: str | None = None,
+        checks_rank: bool = True,
     ) -> Listener:
         """Index what this publisher says; any thread, at any time.
 
         With ``part``, the name of this one, several publishers may speak of one rank, and the index
         has what any of them holds; see `merge`. The account of any but the engine's goes by
-        ``worker/part``. ``block_size`` is what the engine says a block is, in tokens.
+        ``worker/part``. ``block_size`` is what the engine says a block is, in tokens. With
+        ``checks_rank`` batches of another rank mark the source.
 
         Raises:
             TimeoutError: as of `at_rest`; it is not listened to.
@@ -110,6 +112,7 @@ class Pipeline:
                 topic=topic,
                 epochs=epochs,
                 outlets=self.outlets if part is None else (),
+                checks_rank=checks_rank and part in (None, ENGINE),
                 context=self._context,
             )
             self._add(listener)

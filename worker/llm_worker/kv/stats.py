@@ -25,7 +25,7 @@ STALE_REASONS = (
     "gap",  # batches in between are gone, and replay did not have them
     "undecodable",  # a batch or event was dropped that may have changed blocks
     "index_full",  # the index's bound was reached and stores were refused
-    "duplicate_worker",  # two publishers claim to be this worker
+    "duplicate_worker",  # two publishers claim to be this worker, or another rank's does
     "disconnected",  # no publisher at the other end
     "audit",  # the auditor found drift
     "other_media",  # a clear did not say whether it meant more than the GPU's blocks

@@ -68,6 +68,7 @@ class Listener:
         topic: str = "",
         epochs: bool = False,
         outlets: Sequence[Outlet] = (),
+        checks_rank: bool = True,
         context: zmq.Context[Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -87,6 +88,7 @@ class Listener:
             replayable=replay_endpoint is not None,
             epochs=epochs,
             outlets=outlets,
+            checks_rank=checks_rank,
         )
         self.deadline = 0.0  # monotonic
         self._topic = topic.encode()

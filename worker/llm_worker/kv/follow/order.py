@@ -30,12 +30,13 @@ class Order:
         epochs: bool,
         capacity_batches: int,
         outlets: Sequence[Outlet],
+        checks_rank: bool,
     ) -> None:
         self.next: int | None = None  # the sequence expected; None: not known yet
         self.connections = 0
         self.doubtful = False  # reconnected, and nobody could be asked who it is
         self.numbers: Numbering = EpochNumbers() if epochs else EngineNumbers(replayable=replayable)
-        self.writer = Writer(source, stats, self.numbers, outlets)
+        self.writer = Writer(source, stats, self.numbers, outlets, checks_rank=checks_rank)
         self.holdback = Holdback(stats, capacity_batches)
         self.recovery = Recovery()
         self._source = source

@@ -39,6 +39,8 @@ class Stream:
         replayable: Whether there is anybody to ask.
         epochs: Whether the numbers are our planes'.
         capacity_batches: How many batches are held back; see `Holdback`.
+        checks_rank: Whether batches that say another rank than the source's mark it. Not where it
+            is not known which rank publishes.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Stream:
         epochs: bool = False,
         capacity_batches: int = CAPACITY_BATCHES,
         outlets: Sequence[Outlet] = (),
+        checks_rank: bool = True,
     ) -> None:
         self.source = source
         self.stats = stats
@@ -61,6 +64,7 @@ class Stream:
             epochs=epochs,
             capacity_batches=capacity_batches,
             outlets=outlets,
+            checks_rank=checks_rank,
         )
         self._writer = self._order.writer
         self._holdback = self._order.holdback

@@ -43,6 +43,8 @@ class Writer:
         stats: ListenerStats,
         numbers: Numbering,
         outlets: Sequence[Outlet],
+        *,
+        checks_rank: bool,
     ) -> None:
         self.at: int | None = None  # the batch in hand, where one broke something
         self.timestamp = 0.0  # of the last batch applied, the publisher's; 0: there was none
@@ -51,6 +53,7 @@ class Writer:
         self._stats = stats
         self._numbers = numbers
         self._outlets = outlets
+        self._rank = source.rank if checks_rank else None
         self._decode = Decoder().decode
 
     def doubt(self, fact: Callable[[], None]) -> None:
@@ -180,10 +183,12 @@ class Writer:
         return made is not None and made < self.timestamp
 
     def _note(self, sequence: int, batch: Batch) -> None:
-        """Remember the last batch applied."""
+        """Remember the last batch applied, and see whether it is of our rank at all."""
         self._stats.sequence = sequence
         self._stats.last_batch_timestamp_seconds = batch.timestamp
         self.timestamp = batch.timestamp
+        if batch.rank != self._rank and batch.rank is not None and self._rank is not None:
+            self.doubt(self._source.trust.name_shared)
 
     def _observe_lag(self, seconds: float, batches: int = 1) -> None:
         self._stats.lag.observe(min(max(0.0, seconds), LAG_MAX_SECONDS), batches)

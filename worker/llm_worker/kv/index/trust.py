@@ -112,7 +112,7 @@ class Trust:
         self._set(undecodable=True)
 
     def name_shared(self) -> None:
-        """Two publishers say that they are this worker."""
+        """Two publishers say that they are this worker, or one that says it is another rank."""
         self._set(duplicated=True)
 
     def cleared_in_part(self) -> None:
