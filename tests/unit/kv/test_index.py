@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llm_worker.kv.index.index import (
     MAX_LANES,
+    MAX_NAME_CHARACTERS,
     MAX_TIPS,
     MISS_REASONS,
     SWEEP_LANES,
@@ -256,6 +257,17 @@ def test_a_publisher_cannot_make_lanes_without_end() -> None:
     source = source_of(*(stored(n, adapter=str(n)) for n in range(MAX_LANES + 5)))
     assert len(source.lanes()) == MAX_LANES and source.stats.refused_blocks == 5
     assert "index_full" in source.stale and not source.has_room()
+
+
+def test_names_that_are_no_names_are_not_kept() -> None:
+    """A medium is a label on the page of metrics, and a name takes no room of the bound."""
+    source = source_of(
+        stored(1, medium="m" * 10_000),
+        stored(2, adapter="a" * 10_000),
+        stored(3, medium="m" * MAX_NAME_CHARACTERS, adapter="a" * MAX_NAME_CHARACTERS),
+    )
+    assert source.hashes() == {3} and source.stats.refused_blocks == 2
+    assert "index_full" in source.stale
 
 
 def test_adapters_that_hold_nothing_any_more_cost_nothing() -> None:

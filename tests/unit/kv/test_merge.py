@@ -166,6 +166,16 @@ def test_adapters_that_the_index_has_no_lane_for_are_not_remembered(
     assert "index_full" in rank.source.stale
 
 
+def test_names_that_are_no_names_are_not_remembered_either() -> None:
+    """The same bound as the index's own."""
+    rank = rank_of()
+    rank.part("engine").apply([stored(1, medium="m" * 10_000), stored(2)])
+    assert rank.consolidator.sources() == {"engine": {0: 1}}
+    assert rank.source.hashes() == {2}
+    assert rank.source.stats.refused_blocks == 1
+    assert "index_full" in rank.part("engine").stale
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_the_memory_that_is_reported_includes_what_the_merge_remembers(both: bool) -> None:
     """Within a twentieth; blocks of one publisher, and of both."""

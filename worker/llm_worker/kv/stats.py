@@ -110,7 +110,7 @@ class SourceStats:
     cleared_events: int = 0
     duplicate_blocks: int = 0  # stored while held: counted, not stored twice
     unknown_removed_blocks: int = 0  # removed without being held
-    refused_blocks: int = 0  # not stored: the index's bound was reached
+    refused_blocks: int = 0  # not stored: the index's bound was reached, or a name is too long
     duplicate_removed_blocks: int = 0  # removed while another copy was held: still held
     cleared_blocks: int = 0  # held when a clear came; held = stored - removed - cleared
     odd_size_batches: int = 0  # taken while blocks had another size than the engine says

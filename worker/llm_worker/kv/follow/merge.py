@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from llm_worker.kv.follow.consolidator import Consolidator
 from llm_worker.kv.follow.writer import Outlet
-from llm_worker.kv.index.index import MAX_LANES, Lane, Source
+from llm_worker.kv.index.index import MAX_LANES, MAX_NAME_CHARACTERS, Lane, Source
 from llm_worker.kv.stats import MergeStats
 from llm_worker.kv.wire import ALL_MEDIA, AllBlocksCleared, Event, encode
 
@@ -33,7 +33,9 @@ class MergedRank:
     ) -> None:
         self.source = source
         self.consolidator = Consolidator(
-            MergeStats(source.worker, source.rank), max_lanes=MAX_LANES
+            MergeStats(source.worker, source.rank),
+            max_lanes=MAX_LANES,
+            max_name_characters=MAX_NAME_CHARACTERS,
         )
         source.kept_beside = self.consolidator.memory_bytes
         self._outlets = outlets

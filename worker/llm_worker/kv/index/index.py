@@ -31,6 +31,7 @@ from llm_worker.kv.wire import (
 UNBOUNDED = 1 << 62
 MAX_TIPS = 4096  # of one lane: chains that may go on
 MAX_LANES = 4096  # of one source: media times groups times adapters
+MAX_NAME_CHARACTERS = 512  # of a medium or an adapter: publishers choose them, and labels show them
 SWEEP_LANES = 64  # of one source: those that hold nothing are dropped from here on, now and then
 SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
 
@@ -348,7 +349,8 @@ class Source:
     def _new_lane(self, event: BlockStored) -> Lane | None:
         if len(self._lanes) >= self._sweep_at:
             self._drop_empty_lanes()
-        if len(self._lanes) >= MAX_LANES:
+        longest = max(len(event.medium), len(event.adapter or ""))
+        if len(self._lanes) >= MAX_LANES or longest > MAX_NAME_CHARACTERS:
             self.trust.refused()
             return None
         lane = Lane(event)
