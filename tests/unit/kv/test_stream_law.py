@@ -197,6 +197,10 @@ class History:
         read = dice.randrange(len(left) + 1)
         self.hear(left[:read])
         self.obey_the_law()
+        for _ in range(dice.choice([0, 3])):  # nobody is there to answer
+            if self.stream.request is not None:
+                self.stream.replay_failed("timeout")
+                self.obey_the_law()
         if restarts:
             self.shuffles = False
             first = self.process.first + (1 << EPOCH_BITS) if self.planes else 0
@@ -249,6 +253,7 @@ class History:
     def obey_the_law(self) -> None:
         if self.source.stale:
             return
+        assert self.stats.connected
         expected = self.stream.next
         batches = 0 if expected is None else expected - self.process.first
         assert 0 <= batches < len(self.process.states), f"another process's numbers: {batches}"
