@@ -62,6 +62,7 @@ class WorkerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
+                start_new_session=True,  # a test may signal its process group
             )
 
     @property
@@ -104,7 +105,22 @@ class WorkerProcess:
             time.sleep(0.1)
 
     def samples(self) -> dict[str, float]:
-        """``/metrics`` by ``name{label="value",...}``, labels sorted."""
+        """``/metrics`` as it is now, by ``name{label="value",...}``, labels sorted.
+
+        Serving publishes about once a second: a page from before the question is asked again,
+        unless serving is gone or too late for it.
+        """
+        asked = time.monotonic()
+        while True:
+            found = self._samples()
+            name = "llm_worker_serving_page_age_seconds"
+            age = next((found[series] for series in found if series.startswith(name)), None)
+            waited = time.monotonic() - asked
+            if age is None or age < waited or waited > 5:
+                return found
+            time.sleep(0.05)
+
+    def _samples(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
@@ -131,6 +147,15 @@ class WorkerProcess:
     def descendants(self) -> list[psutil.Process]:
         """The engine's processes and whatever else the worker started."""
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def part(self, program: str) -> psutil.Process:
+        """The ``serving`` or the ``observer`` process."""
+        (found,) = (
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if f"llm_worker.{program}" in child.cmdline()
+        )
+        return found
 
     def engine_core(self) -> psutil.Process:
         """The process that a test kills."""

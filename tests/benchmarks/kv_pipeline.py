@@ -340,12 +340,11 @@ def time_matches(index: Index, kind: Kind) -> list[float]:
 def serve(index: Index) -> int:
     """Answer over HTTP as the worker does; return the port."""
     import uvicorn
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
     from llm_worker.kv.routes import KvHandlers, reading
 
-    app = FastAPI()
-    app.include_router(reading(KvHandlers(index, lambda: [], lambda: [])))
+    app = Starlette(routes=reading(KvHandlers(index, list, list)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

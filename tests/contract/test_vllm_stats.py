@@ -329,7 +329,8 @@ def test_no_option_of_vllms_is_taken_for_one_of_ours() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from llm_worker.settings.worker import FLAG_PREFIX, THEIRS, load
+    from llm_worker.settings.vllm_arguments import THEIRS
+    from llm_worker.settings.worker import FLAG_PREFIX, load
 
     parser = make_arg_parser(FlexibleArgumentParser())
     options = {option for action in parser._actions for option in action.option_strings}

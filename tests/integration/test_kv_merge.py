@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from llm_worker.kv.index.index import Source
 from llm_worker.kv.routes import reading
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.worker import EventSource, WorkerKv
+from llm_worker.settings.endpoint import Endpoint
 from waiting import until
 
 LOCAL = "tcp://127.0.0.1:0"
@@ -39,12 +40,13 @@ class Rank:
 
     def __init__(self) -> None:
         self.engine, self.connector = publisher(), publisher()
-        here = self.connector.socket
+        theirs = self.connector.socket
+        ports = port(theirs.endpoint), port(theirs.replay_endpoint)
         self.kv = WorkerKv(
             "w",
             plane=None,
             max_blocks=None,
-            connector=("127.0.0.1", port(here.endpoint), port(here.replay_endpoint)),
+            connector=Endpoint("vllm", "127.0.0.1", *ports),
         )
         engine = self.engine.socket
         self.kv.start(
@@ -59,8 +61,7 @@ class Rank:
         return self.kv.index.source("w", 0)
 
     def status(self) -> dict[str, Any]:
-        app = FastAPI()
-        app.include_router(reading(self.kv.handlers()))
+        app = Starlette(routes=reading(self.kv.handlers()))
         body: dict[str, Any] = TestClient(app).get("/kv/status").json()
         return body
 

@@ -20,7 +20,8 @@ from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.zmq_plane import ZmqPlane
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.wire import AllBlocksCleared, Decoder
-from llm_worker.settings.fleet import FleetConfig, endpoint
+from llm_worker.settings import endpoint
+from llm_worker.settings.fleet import FleetConfig
 from worker_process import free_ports
 
 pytestmark = pytest.mark.timeout(60)
@@ -93,7 +94,7 @@ def fleets() -> Iterator[Callable[..., Fleet]]:
     made: list[Fleet] = []
 
     def make(*sources: str, **options: Any) -> Fleet:
-        made.append(Fleet([endpoint(each) for each in sources], **options))
+        made.append(Fleet([endpoint.source(each) for each in sources], **options))
         made[-1].start()
         return made[-1]
 
@@ -378,7 +379,9 @@ def test_the_service_answers_over_http(workers: Callable[..., Worker]) -> None:
     made = worker.plane
     assert isinstance(made, ZmqPlane)
     service = Service(
-        FleetConfig((endpoint(source(made)),), "127.0.0.1", 0, None, 300.0, 10.0, "text")
+        FleetConfig(
+            (endpoint.source(source(made)),), "127.0.0.1", 0, None, 300.0, 10.0, "text", "info"
+        )
     )
     service.start()
     try:

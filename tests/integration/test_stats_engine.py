@@ -115,10 +115,11 @@ async def serve_everything(directory: str) -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind
 
     from llm_worker.serving import hooks as startup
+    from llm_worker.serving import recorder
 
     registry = CollectorRegistry()
     # 17 blocks, one of them the null block: eight requests of four blocks each do not fit at once.
-    engine, stats = await build(
+    engine, _ = await build(
         directory,
         registry,
         uniprocess=True,
@@ -134,7 +135,7 @@ async def serve_everything(directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {"pages": pages}
     try:
         look("idle")
-        info = stats.engine_cache_info(engine.vllm_config)
+        info = recorder.engine_cache_info(engine.vllm_config)
         found["info"] = {
             "blocks": info.blocks,
             "block_size_tokens": info.block_size_tokens,

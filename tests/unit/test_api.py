@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,35 +11,36 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from llm_worker.errors import ConfigError
 from llm_worker.exposition.exposition import Exposition
-from llm_worker.lifecycle import Lifecycle, State
-from llm_worker.metrics import Metrics
-from llm_worker.observer.health import Health, Heartbeat
-from llm_worker.observer.server import Handlers, SystemServer, create_app
+from llm_worker.link.board import Board
+from llm_worker.link.status import Status
+from llm_worker.listening import listen
+from llm_worker.metrics import ExporterMetrics
+from llm_worker.observer.health import Health
+from llm_worker.observer.routes import Handlers, create_app
+from llm_worker.observer.server import SystemServer
 
 
 class Served:
     """A system server on a free port, and what its handlers were asked."""
 
     def __init__(self, token: str | None = None, open_to_others: bool = False) -> None:
-        metrics = Metrics(CollectorRegistry())
-        self.lifecycle = Lifecycle(metrics)
+        self.board = Board.create()
         self.drained = 0
         self.info: dict[str, Any] | None = None
         registry = CollectorRegistry()
         Counter("demo", "Demonstrations.", registry=registry).inc(3)
-        exposition = Exposition(metrics, {})
+        exposition = Exposition(ExporterMetrics(CollectorRegistry()), {})
         exposition.register("demo", registry)
         handlers = Handlers(
-            health=Health(self.lifecycle, Heartbeat(metrics)),
+            health=Health(self.board),
             exposition=exposition,
             version=lambda: {"llm_worker": "1"},
             engine_info=lambda: self.info,
             drain=self.drain,
         )
         app = create_app(handlers, token=token, open_to_others=open_to_others)
-        self.server = SystemServer(app, "127.0.0.1", 0)
+        self.server = SystemServer(app, listen("127.0.0.1", 0))
         self.server.start()
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.server.port}")
 
@@ -60,8 +63,8 @@ def test_probes_follow_the_state(served: Served) -> None:
     """/live is 200 from the start; /ready and /health become 200 with the state."""
     statuses = [served.client.get(path).status_code for path in ("/live", "/ready", "/health")]
     assert statuses == [200, 503, 503]
-    served.lifecycle.to(State.WARMING)
-    served.lifecycle.to(State.READY)
+    Status(pid=os.getpid(), state="ready", since=time.time()).write(served.board["serving"])
+    served.board.beat_loop()
     statuses = [served.client.get(path).status_code for path in ("/live", "/ready", "/health")]
     assert statuses == [200, 200, 200]
 
@@ -114,22 +117,45 @@ def test_a_configured_token_is_always_asked_for(open_to_others: bool) -> None:
         for given in ({}, {"authorization": "Bearer no"}, {"authorization": "s3cret"}):
             assert server.client.post("/engine/drain", headers=given).status_code == 401
         assert server.drained == 0
-        right = {"authorization": "Bearer s3cret"}
-        assert server.client.post("/engine/drain", headers=right).status_code == 202
+        for scheme in ("Bearer", "bearer"):  # RFC 9110: the scheme's case says nothing
+            right = {"authorization": f"{scheme} s3cret"}
+            assert server.client.post("/engine/drain", headers=right).status_code == 202
         assert server.client.get("/live").status_code == 200
     finally:
         server.close()
 
 
-def test_a_busy_port_is_a_configuration_error(served: Served) -> None:
+def test_a_busy_port_is_an_error_before_anything_is_started(served: Served) -> None:
     """It is found where it can be told, not in a background thread."""
-    app = create_app(
-        Handlers(None, None, dict, dict, lambda: None),  # type: ignore[arg-type]
-        token=None,
-        open_to_others=False,
-    )
-    with pytest.raises(ConfigError, match="choose another --worker-system-port"):
-        SystemServer(app, "127.0.0.1", served.server.port)
+    with pytest.raises(OSError, match="in use"):
+        listen("127.0.0.1", served.server.port)
+
+
+@pytest.mark.parametrize("path", ["/live", "/ready", "/metrics", "/health", "/version"])
+def test_head_is_get_without_a_body(served: Served, path: str) -> None:
+    """Load balancers and wget --spider ask so."""
+    got, head = served.client.get(path), served.client.head(path)
+    assert head.status_code == got.status_code
+    assert head.content == b""
+
+
+def test_a_wrong_method_is_a_405_in_the_form_of_every_error(served: Served) -> None:
+    """One form of error, whoever refuses."""
+    answer = served.client.post("/health")
+    assert answer.status_code == 405
+    assert "POST" in answer.json()["error"]
+
+
+def test_no_web_page_can_use_the_writing_routes(served: Served) -> None:
+    """A browser says which page asks; a page whose name was pointed here says a wrong host."""
+    origin = {"origin": "http://evil.example", "content-type": "text/plain"}
+    assert served.client.post("/engine/drain", headers=origin).status_code == 403
+    rebound = {"host": f"evil.example:{served.server.port}"}
+    assert served.client.post("/engine/drain", headers=rebound).status_code == 421
+    assert served.client.get("/health", headers=rebound).status_code == 421
+    assert served.drained == 0
+    own = {"origin": f"http://127.0.0.1:{served.server.port}"}
+    assert served.client.post("/engine/drain", headers=own).status_code == 202
 
 
 def test_an_unknown_route_is_a_404_that_names_it(served: Served) -> None:

@@ -17,21 +17,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "processes": set(),
+    "listening": set(),
+    "lifecycle": set(),
+    "exit_record": {"errors"},
     "settings": {"errors"},
-    "metrics": {"settings"},
-    "lifecycle": {"metrics"},
+    "metrics": {"lifecycle", "settings"},
+    "link": set(),
     "exposition": set(),
     "kv": {"errors", "settings"},
-    "serving": {"errors", "kv", "metrics", "processes", "settings"},
-    "observer": {"errors", "exposition", "kv", "lifecycle", "metrics"},
+    "serving": {
+        "__init__", "errors", "exposition", "lifecycle", "link", "logs", "metrics", "processes",
+        "settings",
+    },
+    "observer": {
+        "__init__", "errors", "exit_record", "exposition", "kv", "lifecycle", "link", "logs",
+        "metrics", "processes", "settings",
+    },
     "fleet": {
-        "__init__", "errors", "exposition", "kv", "logs", "metrics", "observer", "settings",
+        "__init__", "errors", "exposition", "kv", "listening", "logs", "metrics", "observer",
+        "settings",
     },
-    "app": {
-        "__init__", "errors", "exposition", "kv", "lifecycle", "metrics", "observer", "processes",
-        "serving", "settings",
+    "supervisor": {
+        "errors", "exit_record", "lifecycle", "link", "listening", "processes", "settings",
     },
-    "__main__": {"app", "errors", "exposition", "logs", "settings"},
+    "__main__": {"errors", "logs", "settings", "supervisor"},
 }  # fmt: skip
 # The same within a folder that has rooms of its own.
 KV_MAY_IMPORT: dict[str, set[str]] = {
@@ -47,10 +56,10 @@ KV_MAY_IMPORT: dict[str, set[str]] = {
     "collector": {"index", "stats"},
     "worker": {"collector", "follow", "index", "pipeline", "plane", "routes", "stats"},
 }
-MAY_IMPORT_VLLM = {"serving", "app"}  # app: for its version
+MAY_IMPORT_VLLM = {"serving"}
 MAY_READ_ENVIRONMENT = {"settings"}
 # Writes what a library reads from there, and reads whether the user set it.
-MAY_WRITE_ENVIRONMENT = {"serving.engine", "exposition.multiprocess"}
+MAY_WRITE_ENVIRONMENT = {"serving.launch", "exposition.multiprocess"}
 
 
 def package(repository: Path) -> dict[str, ast.Module]:
@@ -152,9 +161,28 @@ def test_only_settings_reads_the_environment(repository: Path) -> None:
     assert others == MAY_WRITE_ENVIRONMENT
 
 
+def test_the_supervisor_loads_the_standard_library_alone(repository: Path) -> None:
+    """There is nothing in it that can crash, and it costs what a Python costs."""
+    code = (
+        "import sys; before = set(sys.modules); import llm_worker.__main__; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=repository / "worker",
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert set(loaded) - {"llm_worker"} <= set(sys.stdlib_module_names)
+
+
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
+        ("observer.app", {"vllm", "torch"}),
+        ("fleet.__main__", {"vllm", "torch"}),
         ("settings.worker", {"vllm", "prometheus_client"}),
         ("errors", {"vllm", "prometheus_client"}),
         ("processes", {"vllm", "prometheus_client"}),

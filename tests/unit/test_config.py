@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm_worker.errors import ConfigError
+from llm_worker.logs import configure_logging
+from llm_worker.serving import tiny
 from llm_worker.settings import worker as config
+from llm_worker.settings.endpoint import Endpoint
 from llm_worker.settings.worker import SETTINGS, Config, KvEvents, load
 
 
@@ -73,6 +81,8 @@ def test_every_setting_is_read_from_flag_and_environment_and_the_flag_wins(
         "id": ("worker-a", "worker-b"),
         "multiproc-dir": (str(tmp_path), "auto"),
         "log-format": ("json", "text"),
+        "log-level": ("debug", "error"),
+        "lame-duck-seconds": ("5", "7"),
         "drain-seconds": ("5", "7"),
         "goodput": ("ttft=2", "ttft=3"),
         "state-dir": (str(tmp_path / "a"), str(tmp_path / "b")),
@@ -101,11 +111,58 @@ def test_all_problems_come_in_one_message() -> None:
 
 def test_a_misspelt_setting_is_named_with_the_one_that_was_meant() -> None:
     """A typo never becomes a silent default."""
-    found = problems(
-        "--model=m", "--worker-system-prot", "1", env={"LLM_WORKER_SYSTEM_HOSTS": "::"}
-    )
-    assert any("did you mean --worker-system-port?" in problem for problem in found)
-    assert any("did you mean LLM_WORKER_SYSTEM_HOST?" in problem for problem in found)
+    (problem,) = problems("--model=m", "--worker-system-prot", "1")
+    assert "did you mean --worker-system-port?" in problem
+    (warning,) = load(["--model=m"], {"LLM_WORKER_SYSTEM_HOSTS": "::"}).warnings
+    assert "did you mean LLM_WORKER_SYSTEM_HOST?" in warning
+
+
+def test_a_flag_without_a_value_takes_no_other_flag_for_it() -> None:
+    """What follows keeps its meaning."""
+    (problem,) = problems("--worker-log-format", "--model", "m")
+    assert problem == "--worker-log-format needs a value"
+    (problem,) = problems("--model", "m", "--dump-config-to")
+    assert problem == "--dump-config-to needs a value"
+
+
+SERVICE = {  # as Kubernetes writes it for a Service called llm-worker with a port called http
+    "LLM_WORKER_SERVICE_HOST": "10.96.0.7",
+    "LLM_WORKER_SERVICE_PORT": "8081",
+    "LLM_WORKER_SERVICE_PORT_HTTP": "8081",
+    "LLM_WORKER_PORT": "tcp://10.96.0.7:8081",
+    "LLM_WORKER_PORT_8081_TCP": "tcp://10.96.0.7:8081",
+    "LLM_WORKER_PORT_8081_TCP_PROTO": "tcp",
+    "LLM_WORKER_PORT_8081_TCP_PORT": "8081",
+    "LLM_WORKER_PORT_8081_TCP_ADDR": "10.96.0.7",
+}
+
+
+def test_a_kubernetes_service_of_our_name_changes_nothing() -> None:
+    """Nor does one whose name only begins like ours."""
+    others = {name.replace("WORKER_", "WORKER_API_", 1): value for name, value in SERVICE.items()}
+    assert load(["--model=m"], SERVICE | others) == load(["--model=m"], {})
+
+
+def test_a_kubernetes_service_named_like_a_setting_is_ignored_with_the_fix() -> None:
+    """A Service llm-worker-system writes a URL where our port belongs; nobody else would."""
+    found = load(["--model=m"], {"LLM_WORKER_SYSTEM_PORT": "tcp://10.96.0.7:8081"})
+    assert found.config == resolved("--model=m")
+    (warning,) = found.warnings
+    assert "LLM_WORKER_SYSTEM_PORT=tcp://10.96.0.7:8081" in warning
+    assert "enableServiceLinks" in warning
+    # A port without a URL is no Service's: it was meant for us.
+    (warning,) = load(["--model=m"], {"LLM_WORKER_PORT": "8081"}).warnings
+    assert warning.startswith("unknown environment variable LLM_WORKER_PORT")
+
+
+def test_the_plugin_looks_at_its_own_variable_only() -> None:
+    """A plain `vllm serve` does not lose its metrics to whatever else is set."""
+    wrong = SERVICE | {"LLM_WORKER_TYPO": "1", "LLM_WORKER_LOG_FORMAT": "xml"}
+    assert config.goodput_from_env(wrong) == config.GoodputTargets()
+    found = config.goodput_from_env(wrong | {"LLM_WORKER_GOODPUT": "ttft=2"})
+    assert found == config.GoodputTargets(ttft_seconds=2)
+    with pytest.raises(ConfigError, match=r"--worker-goodput \(LLM_WORKER_GOODPUT\)"):
+        config.goodput_from_env({"LLM_WORKER_GOODPUT": "ttft=-2"})
 
 
 def test_ports_that_would_collide_are_found_before_anything_starts() -> None:
@@ -121,6 +178,55 @@ def test_ports_that_would_collide_are_found_before_anything_starts() -> None:
 def test_any_free_port_never_collides() -> None:
     """Port 0 may be asked for twice."""
     assert resolved("--model=m", "--port=0", "--worker-system-port=0").system_port == 0
+
+
+@pytest.mark.parametrize(
+    ("api", "system", "clash"),
+    [
+        ("127.0.0.2", "127.0.0.1", False),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("0.0.0.0", "::1", False),
+        ("::", "127.0.0.1", True),
+        ("[::1]", "::1", True),
+        ("localhost", "127.0.0.1", True),
+        ("localhost", "127.0.0.2", True),
+        ("localhost", "192.0.2.1", False),
+        ("here.example", "127.0.0.1", False),
+        ("here.example", "0.0.0.0", True),
+    ],
+)
+def test_two_listeners_on_one_port_collide_only_at_a_common_address(
+    api: str, system: str, clash: bool
+) -> None:
+    """Addresses count; where a name may lead is not asked."""
+    asked = ["--model=m", f"--host={api}", "--port=8081", f"--worker-system-host={system}"]
+    if clash:
+        assert "8081" in problems(*asked)[0]
+    else:
+        assert resolved(*asked).system_port == 8081
+
+
+def test_ranks_beyond_the_last_port_are_one_problem() -> None:
+    """However many ranks there are."""
+    (problem,) = problems(
+        "--model=m", "--worker-kv-events-port=65000", "--worker-kv-replay-port=1024", "-dp=600"
+    )
+    assert "65599 is above 65535" in problem
+
+
+def test_a_bad_port_does_not_also_collide() -> None:
+    """What stands in for it was never asked for."""
+    (problem,) = problems("--model=m", "--port=8081", "--worker-system-port=http")
+    assert "'http' is not a port" in problem
+    (problem,) = problems(
+        "--model=m", "--port=20180", "--worker-kv-events-port=20080", "--worker-kv-replay-port=x"
+    )
+    assert "'x' is not a port" in problem
+    (problem,) = problems(
+        "--model=m", "--worker-kv-events-port=20280", "--worker-kv-plane=zmq://here"
+    )
+    assert "write zmq://HOST:PORT" in problem
 
 
 def test_kv_replay_defaults_to_a_hundred_above_the_events() -> None:
@@ -140,7 +246,7 @@ def test_there_is_an_index_when_the_engine_publishes_whoever_asked_it_to() -> No
     assert resolved("--model=m").kv_index is None
     ours = resolved("--model=m", "--worker-kv-events-port=1024").kv_index
     assert ours == resolved("--model=m", "--kv-events-config={}").kv_index
-    assert ours == config.KvIndex("zmq://127.0.0.1:20280", None)
+    assert ours == config.KvIndex(Endpoint("zmq", "127.0.0.1", 20280, 20380), None)
     off = resolved("--model=m", "--worker-kv-events-port=1024", "--worker-kv-plane=off").kv_index
     assert off == config.KvIndex(None, None)
 
@@ -154,8 +260,8 @@ def test_settings_of_the_kv_index_that_make_no_sense_are_named_together() -> Non
     )  # fmt: skip
     assert [problem.split(" ")[0] for problem in found] == [
         "--worker-kv-plane",
-        "--worker-kv-max-blocks",
         "--worker-kv-connector-events",
+        "--worker-kv-max-blocks",
         "--worker-id",
     ]
     (without,) = problems("--model=m", "--worker-kv-max-blocks=5")
@@ -180,6 +286,15 @@ def test_an_empty_token_file_is_refused(tmp_path: Path) -> None:
     assert "is empty" in found[0]
 
 
+@pytest.mark.parametrize("token", ["s3crét", "two words", "two\nlines"])
+def test_a_token_that_no_header_can_carry_is_refused(token: str, tmp_path: Path) -> None:
+    """It would never match, without a word at the start."""
+    (tmp_path / "token").write_text(token, encoding="utf-8")
+    (problem,) = problems("--model=m", "--worker-system-token-file", str(tmp_path / "token"))
+    assert "HTTP header" in problem
+    assert token not in problem
+
+
 def test_a_directory_set_for_prometheus_client_is_used(tmp_path: Path) -> None:
     """PROMETHEUS_MULTIPROC_DIR in the environment is prometheus_client's own convention."""
     found = resolved("--model=m", env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
@@ -196,6 +311,27 @@ def test_the_dump_holds_no_token(tmp_path: Path) -> None:
     assert json.loads(dump)["model"] == "m"
 
 
+def test_the_dump_holds_no_password_of_a_plane() -> None:
+    """Nor does a complaint about one."""
+    asked = ["--model=m", "--worker-kv-events-port=1024"]
+    found = resolved(*asked, "--worker-kv-plane=tls://user:hush@hub:4222")
+    assert found.kv_index
+    assert found.kv_index.plane
+    assert found.kv_index.plane.url == "tls://user:hush@hub:4222"
+    assert json.loads(found.to_json())["kv_index"]["plane"] == "nats://hub:4222"
+    assert "hush" not in found.to_json()
+    assert "hush" not in problems(*asked, "--worker-kv-plane=nats://user:hush@hub")[0]
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h", "--help=all", "--help=ModelConfig", "--version"])
+def test_a_question_about_vllm_needs_no_model(asked: str) -> None:
+    """vLLM's own parser answers it."""
+    found = load([asked], {})
+    assert found.vllm_help
+    assert found.config.engine_args == (asked,)
+    assert not load(["--model=m"], {}).vllm_help
+
+
 def test_check_config_needs_no_vllm_and_exits_78_when_something_is_wrong(
     repository: Path, tmp_path: Path
 ) -> None:
@@ -209,13 +345,18 @@ def test_check_config_needs_no_vllm_and_exits_78_when_something_is_wrong(
     ):
         done = subprocess.run(
             [sys.executable, "-m", "llm_worker", *arguments],
-            env={"PYTHONPATH": f"{tmp_path}:{repository / 'worker'}", "PATH": ""},
+            env={
+                "PYTHONPATH": f"{tmp_path}:{repository / 'worker'}",
+                "PATH": "",
+                "LLM_WORKER_TYPO": "1",
+            },
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
         assert done.returncode == code, done.stderr
+        assert code or "LLM_WORKER_TYPO is ignored" in done.stderr
     assert json.loads(dump.read_text(encoding="utf-8"))["model"] == "tiny"
     assert "--worker-log-format" in done.stderr
 
@@ -226,14 +367,14 @@ def test_a_disk_that_fails_later_is_no_matter_of_configuration(
     """A supervisor may leave a worker down that exits 78: only wrong settings do."""
     from llm_worker import __main__ as program
 
-    def full(_: Config) -> int:
+    def full(*_: Any) -> Any:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(program, "_run", full)
-    monkeypatch.setattr(program, "configure_logging", lambda _: None)
+    monkeypatch.setattr(program, "Supervisor", full)
+    monkeypatch.setattr(program, "configure_logging", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["llm_worker", "--model", "m"])
-    with pytest.raises(OSError, match="no space"):
-        program.main()
+    assert program.main() == 1
     monkeypatch.setattr(
         sys, "argv", ["llm_worker", "--model", "m", "--dump-config-to", "/nowhere/f"]
     )
@@ -246,3 +387,53 @@ def test_help_lists_every_setting() -> None:
     text = config.help_text()
     for setting in SETTINGS:
         assert re.search(rf"{re.escape(setting.flag)}\s", text), setting.flag
+
+
+def test_the_temporary_cache_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name can be guessed: what somebody else put there is never read."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = config.cache_directory({})
+    assert made.parent == tmp_path
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert config.cache_directory({}) == made
+
+    made.chmod(0o777)
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        config.cache_directory({})
+    made.chmod(0o700)
+    with monkeypatch.context() as somebody:
+        somebody.setattr(os, "getuid", lambda: 4321)
+        (tmp_path / "llm-worker-4321").mkdir(mode=0o700)
+        with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+            config.cache_directory({})
+    made.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    made.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        config.cache_directory({})
+    assert config.cache_directory({"HOME": str(tmp_path)}) == tmp_path / ".cache/llm-worker"
+
+
+def test_another_tiny_model_lies_in_another_directory(tmp_path: Path) -> None:
+    """Files that are there are kept: those of an older release must not be there."""
+    changed = tmp_path / "tiny.py"
+    source = Path(tiny.__file__).read_text(encoding="utf-8")
+    changed.write_text(source.replace('"hidden_size": 64', '"hidden_size": 128'), encoding="utf-8")
+    names = runpy.run_path(str(changed))
+    assert names["CONFIG"] != tiny.CONFIG
+    assert names["directory_name"]() != tiny.directory_name()
+
+
+def test_the_log_level_is_that_of_our_loggers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Others' levels stay what they are."""
+    ours, root = logging.getLogger("llm_worker"), logging.getLogger()
+    before = ours.handlers, ours.level, ours.propagate, root.level
+    try:
+        for level, lines in (("debug", 2), ("info", 1), ("error", 0)):
+            configure_logging("json", level)
+            logging.getLogger("llm_worker.some").debug("small")
+            logging.getLogger("llm_worker.some").info("large")
+            assert capsys.readouterr().err.count("\n") == lines
+        assert root.level == before[3]
+    finally:
+        ours.handlers, ours.level, ours.propagate = before[:3]

@@ -9,42 +9,34 @@ import shutil
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from llm_worker.lifecycle import (
-    FOLLOWERS,
-    ExitRecord,
-    InvalidTransition,
-    Lifecycle,
-    State,
-)
-from llm_worker.metrics import EXIT_REASONS, Metrics
+from llm_worker.errors import RUN_ENDINGS
+from llm_worker.exit_record import ExitRecord
+from llm_worker.lifecycle import FOLLOWERS, InvalidTransition, Lifecycle, State
 
 
 @pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
+def told() -> list[tuple[State, str]]:
+    return []
 
 
 @pytest.fixture
-def lifecycle(registry: CollectorRegistry) -> Lifecycle:
-    return Lifecycle(Metrics(registry))
+def lifecycle(told: list[tuple[State, str]]) -> Lifecycle:
+    return Lifecycle(lambda lifecycle: told.append((lifecycle.state, lifecycle.phase)))
 
 
-def states(registry: CollectorRegistry) -> dict[str, float | None]:
-    return {
-        state.value: registry.get_sample_value("llm_worker_state", {"state": state.value})
-        for state in State
-    }
-
-
-def test_exactly_one_state_is_set_at_any_time(
-    lifecycle: Lifecycle, registry: CollectorRegistry
+def test_every_state_and_phase_is_told_once(
+    lifecycle: Lifecycle, told: list[tuple[State, str]]
 ) -> None:
-    """The state set adds up to one through a whole life."""
-    for state in (State.WARMING, State.READY, State.DRAINING, State.DEAD):
+    """From the first one on, and entering the present state again is nothing new."""
+    lifecycle.enter_phase("engine")
+    for state in (State.WARMING, State.WARMING, State.READY, State.DRAINING, State.DEAD):
         lifecycle.to(state)
-        assert states(registry) == {name.value: float(name is state) for name in State}
+    assert told == [
+        (State.STARTING, ""),
+        *((state, "engine") for state in (State.STARTING, State.WARMING, State.READY)),
+        *((state, "engine") for state in (State.DRAINING, State.DEAD)),
+    ]
 
 
 def test_the_dead_do_not_return() -> None:
@@ -62,13 +54,14 @@ def test_every_state_can_be_reached_and_all_but_the_last_can_drain() -> None:
 
 
 def test_a_transition_that_makes_no_sense_is_refused(
-    lifecycle: Lifecycle, registry: CollectorRegistry
+    lifecycle: Lifecycle, told: list[tuple[State, str]]
 ) -> None:
-    """A draining worker never becomes ready again, and the metric still says so."""
+    """A draining worker never becomes ready again, and nobody is told that it did."""
     lifecycle.to(State.DRAINING)
     with pytest.raises(InvalidTransition, match="draining cannot become ready"):
         lifecycle.to(State.READY)
-    assert states(registry)["draining"] == 1
+    assert told[-1] == (State.DRAINING, "")
+    assert lifecycle.state is State.DRAINING
 
 
 def test_entering_the_present_state_changes_nothing(lifecycle: Lifecycle) -> None:
@@ -83,7 +76,7 @@ def test_the_first_run_knows_of_no_exit(tmp_path: Path) -> None:
     assert ExitRecord(tmp_path, "8081").begin() is None
 
 
-@pytest.mark.parametrize("reason", [reason for reason in EXIT_REASONS if reason != "unclean"])
+@pytest.mark.parametrize("reason", [reason for reason in RUN_ENDINGS if reason != "unclean"])
 def test_a_run_that_said_why_it_ended_is_remembered(tmp_path: Path, reason: str) -> None:
     """The next run reads the reason and the time."""
     run = ExitRecord(tmp_path, "8081")
@@ -128,7 +121,7 @@ def test_a_directory_that_went_away_costs_the_memory_and_nothing_else(
     (tmp_path / "state").mkdir()
     run.begin()
     shutil.rmtree(tmp_path / "state")
-    with caplog.at_level(logging.WARNING, logger="llm_worker.lifecycle"):
+    with caplog.at_level(logging.WARNING, logger="llm_worker.exit_record"):
         run.alive()
         run.alive()
         run.end("stopped")

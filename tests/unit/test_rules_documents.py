@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from llm_worker import metrics as worker_metrics
+from llm_worker.errors import RUN_ENDINGS
 from llm_worker.kv import collector as kv_metrics
 from llm_worker.kv import stats as kv_stats
 
@@ -40,6 +41,8 @@ SYNTHETIC = {
 # On Prometheus' and Alertmanager's own pages: see tests/integration/test_prometheus_config.py.
 PLATFORM = {
     "alertmanager_config_last_reload_successful",
+    # prometheus_client's own of the observer process, under a prefix
+    "llm_worker_observer_process_resident_memory_bytes",
     "alertmanager_notifications_failed_total",
     "prometheus_config_last_reload_successful",
     "prometheus_notifications_alertmanagers_discovered",
@@ -192,7 +195,7 @@ def test_every_matcher_in_a_rule_can_match(rule: Rule) -> None:
     """Its label is on the metric, and its value in the closed set that the label has."""
     closed = {
         "llm_worker_state": {"state": set(worker_metrics.STATES)},
-        "llm_worker_last_exit_timestamp_seconds": {"reason": set(worker_metrics.EXIT_REASONS)},
+        "llm_worker_last_exit_timestamp_seconds": {"reason": set(RUN_ENDINGS)},
         "llm_worker_requests_ended_total": {
             "outcome": {outcome for outcome, _ in worker_metrics.ENDINGS},
             "reason": {reason for _, reason in worker_metrics.ENDINGS},

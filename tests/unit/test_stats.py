@@ -61,12 +61,11 @@ def registry() -> CollectorRegistry:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Advances the recorder's monotonic clock, which stands still otherwise."""
-    from llm_worker.serving import ledger
-    from llm_worker.serving import stat_logger as stats
+    from llm_worker.serving import ledger, recorder
 
     now = [100.0]
     fake = SimpleNamespace(monotonic=lambda: now[0], time=lambda: 1.7e9 + now[0])
-    monkeypatch.setattr(stats, "time", fake)
+    monkeypatch.setattr(recorder, "time", fake)
     monkeypatch.setattr(ledger, "time", fake)
 
     def advance(seconds: float) -> None:
@@ -149,7 +148,7 @@ def test_ranks_that_differ_show_what_each_of_them_reported(
 ) -> None:
     """What the ready messages say wins over an even share, in blocks, tokens and bytes."""
     from llm_worker.serving import hooks as startup
-    from llm_worker.serving import stat_logger as stats
+    from llm_worker.serving import recorder
 
     vllm_config = config(blocks=32, ranks=2)
     facts = {
@@ -164,7 +163,7 @@ def test_ranks_that_differ_show_what_each_of_them_reported(
         assert value(registry, "kv_capacity_tokens", **labels) == blocks * 16
         assert value(registry, "kv_capacity_bytes", **labels) == blocks * 100
     assert value(registry, "model_load_seconds", model_name="m") == 3.0
-    info = stats.engine_cache_info(vllm_config)
+    info = recorder.engine_cache_info(vllm_config)
     assert (info.blocks, info.kv_bytes, info.rank_blocks) == (32, 3200, {0: 11, 1: 21})
 
 

@@ -6,17 +6,28 @@ that must be reconfigured (78) from one that may simply be started again (69, 70
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 EXIT_STOPPED = 0  # asked to stop, drained
 EXIT_INTERNAL = 1  # a bug of ours
 EXIT_START_FAILED = 69  # EX_UNAVAILABLE: the engine did not come up
-EXIT_ENGINE_DIED = 70  # EX_SOFTWARE: the engine came up and died
+EXIT_ENGINE_DIED = 70  # EX_SOFTWARE: what serves came up and died
 EXIT_CONFIG = 78  # EX_CONFIG: the settings are wrong; starting again cannot help
+
+# How a run can end: a label of a metric. unclean: killed before it could say.
+RUN_ENDINGS = (
+    "stopped",
+    "engine_dead",
+    "serving_died",
+    "start_failed",
+    "unclean",
+    "internal",
+)
 
 
 class ConfigError(ValueError):
-    """Settings that cannot work, all of them at once. Handled by ``__main__``: print, exit 78."""
+    """Settings that cannot work, all of them at once. Each process's main prints them."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("; ".join(problems))
@@ -24,7 +35,7 @@ class ConfigError(ValueError):
 
 
 class EngineStartError(RuntimeError):
-    """The engine did not come up. Handled by ``app``: clean up, exit 69."""
+    """The engine did not come up. Handled by ``serving``: exit 69."""
 
     def __init__(self, phase: str, cause: str) -> None:
         super().__init__(f"the engine failed to start in phase {phase!r}: {cause}")
@@ -33,8 +44,16 @@ class EngineStartError(RuntimeError):
 
 
 class EngineDiedError(RuntimeError):
-    """The running engine died. Handled by ``app``: fail what is in flight, clean up, exit 70."""
+    """The running engine died. Handled by ``serving``: fail what is in flight, exit 70."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"the engine died: {cause}")
         self.cause = cause
+
+
+def refuse(what: str, error: ConfigError) -> int:
+    """Print every problem under ``what``; the exit code that goes with it."""
+    print(f"{what}:", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  - {problem}", file=sys.stderr)
+    return EXIT_CONFIG

@@ -26,8 +26,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure_logging(log_format: str) -> None:
-    """Send our loggers to standard error as ``text`` or ``json``; vLLM configures its own."""
+def configure_logging(log_format: str, log_level: str) -> None:
+    """Send our loggers to standard error; vLLM configures its own.
+
+    ``log_format`` is "text" or "json", ``log_level`` "debug", "info", "warning" or "error".
+    """
     handler = logging.StreamHandler()
     if log_format == "json":
         handler.setFormatter(JsonFormatter())
@@ -35,7 +38,7 @@ def configure_logging(log_format: str) -> None:
         handler.setFormatter(
             logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
         )
-    logger = logging.getLogger("llm_worker")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    log = logging.getLogger("llm_worker")
+    log.handlers = [handler]
+    log.setLevel(log_level.upper())
+    log.propagate = False

@@ -7,7 +7,6 @@ and imports without vLLM. A label set that is closed is initialised when its own
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -15,23 +14,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.samples import Sample
 
+from llm_worker.lifecycle import State
 from llm_worker.settings.worker import GoodputTargets
 
 PREFIX = "llm_worker_"
 
-STATES = (
-    "starting",
-    "warming",
-    "ready",
-    "draining",
-    "sleeping",
-    "waking",
-    "checkpointing",
-    "restoring",
-    "dead",
-)
-# How a run can end; unclean: killed before it could say.
-EXIT_REASONS = ("stopped", "engine_dead", "start_failed", "unclean", "internal")
+STATES = tuple(state.value for state in State)
 OBJECTIVES = ("ttft", "tpot", "e2e")
 STAGES = ("scheduler", "iteration", "finished", "ledger")
 BATCH_PHASES = ("prefill", "decode")
@@ -121,7 +109,34 @@ class _UnknownUntilSet(Gauge):
         return super()._child_samples() if self._known else ()
 
 
-class StatMetrics:
+class _Declared:
+    """Metrics on one registry, each with our prefix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    def _counter(self, name: str, help_: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(PREFIX + name, help_, tuple(labels), registry=self.registry)
+
+    def _gauge(self, name: str, help_: str, labels: Iterable[str], mode: Any) -> Gauge:
+        return Gauge(
+            PREFIX + name, help_, tuple(labels), registry=self.registry, multiprocess_mode=mode
+        )
+
+    def _unknown_gauge(self, name: str, help_: str, mode: Any) -> Gauge:
+        return _UnknownUntilSet(
+            PREFIX + name, help_, registry=self.registry, multiprocess_mode=mode
+        )
+
+    def _histogram(
+        self, name: str, help_: str, labels: Iterable[str], buckets: tuple[float, ...]
+    ) -> Histogram:
+        return Histogram(
+            PREFIX + name, help_, tuple(labels), registry=self.registry, buckets=buckets
+        )
+
+
+class StatMetrics(_Declared):
     """What the stat logger and the request ledger write: all that a plain ``vllm serve`` can tell.
 
     Safe to declare on vLLM's own registry: vLLM removes only collectors whose name starts with
@@ -129,7 +144,7 @@ class StatMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
+        super().__init__(registry)
         self._declare_kv()
         self._declare_limits()
         self._declare_steps()
@@ -153,21 +168,6 @@ class StatMetrics:
         for objective in OBJECTIVES:
             seconds = getattr(targets, f"{objective}_seconds")
             self.goodput_target_seconds.labels(objective).set(seconds)
-
-    def _counter(self, name: str, help_: str, labels: Iterable[str] = ()) -> Counter:
-        return Counter(PREFIX + name, help_, tuple(labels), registry=self.registry)
-
-    def _gauge(self, name: str, help_: str, labels: Iterable[str], mode: Any) -> Gauge:
-        return Gauge(
-            PREFIX + name, help_, tuple(labels), registry=self.registry, multiprocess_mode=mode
-        )
-
-    def _histogram(
-        self, name: str, help_: str, labels: Iterable[str], buckets: tuple[float, ...]
-    ) -> Histogram:
-        return Histogram(
-            PREFIX + name, help_, tuple(labels), registry=self.registry, buckets=buckets
-        )
 
     def _declare_kv(self) -> None:
         self.kv_capacity_blocks = self._gauge(
@@ -353,76 +353,12 @@ class StatMetrics:
         )
 
 
-class Metrics(StatMetrics):
-    """All metrics of the worker: the stat logger's, and those of the process around the engine."""
+class ExporterMetrics(_Declared):
+    """What a page says about itself; see `exposition.exposition`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        self._declare_process()
         self._declare_exporter()
-        self._state: str | None = None
-        self._state_lock = threading.Lock()
-
-    def set_state(self, state: str) -> None:
-        """Enter a state; entering the present one again changes nothing.
-
-        Raises ValueError for a state that is not one of ``STATES``. Safe from any thread.
-        """
-        if state not in STATES:
-            raise ValueError(f"unknown worker state {state!r}; one of {', '.join(STATES)}")
-        with self._state_lock:
-            if state == self._state:
-                return
-            for name in STATES:
-                self.state.labels(name).set(1 if name == state else 0)
-            self.state_entered_total.labels(state).inc()
-            self._state = state
-
-    def set_build(self, version: str, vllm_version: str) -> None:
-        """Publish what runs here."""
-        self.build_info.labels(version, vllm_version).set(1)
-
-    def _declare_process(self) -> None:
-        self.startup_phase_seconds = self._gauge(
-            "startup_phase_seconds",
-            "How long this phase of the start took. Absent until measured.",
-            ("phase",),
-            "mostrecent",
-        )
-        self.state = self._gauge(
-            "state", "1 for the state the worker is in, 0 for all others.", ("state",), "mostrecent"
-        )
-        self.state_entered_total = self._counter(
-            "state_entered", "Times the worker entered this state.", ("state",)
-        )
-        for state in STATES:
-            self.state_entered_total.labels(state)
-        self.last_exit_timestamp_seconds = self._gauge(
-            "last_exit_timestamp_seconds",
-            "When the previous process of this worker ended, by why (Unix time). "
-            "Absent when unknown.",
-            ("reason",),
-            "mostrecent",
-        )
-        self.build_info = self._gauge(
-            "build_info",
-            "1, labelled with the versions that run here.",
-            ("version", "vllm_version"),
-            "mostrecent",
-        )
-        self.serving_loop_heartbeat_timestamp_seconds = _UnknownUntilSet(
-            PREFIX + "serving_loop_heartbeat_timestamp_seconds",
-            "When the serving loop last ran its heartbeat (Unix time). Absent before the first.",
-            registry=self.registry,
-            multiprocess_mode="max",
-        )
-        self.serving_loop_lag_seconds = self._histogram(
-            "serving_loop_lag_seconds",
-            "How much later than due the serving loop ran its heartbeat. "
-            "One observation per heartbeat.",
-            (),
-            LATENCY_BUCKETS,
-        )
 
     def _declare_exporter(self) -> None:
         self.exporter_source_up = self._gauge(
@@ -447,6 +383,109 @@ class Metrics(StatMetrics):
             (),
             LATENCY_BUCKETS,
         )
+
+
+class ServingMetrics(StatMetrics):
+    """What the serving process counts: the stat logger's, and those of the process around it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self._declare_serving()
+
+    def _declare_serving(self) -> None:
+        self.startup_phase_seconds = self._gauge(
+            "startup_phase_seconds",
+            "How long this phase of the start took. Absent until measured.",
+            ("phase",),
+            "mostrecent",
+        )
+        self.state_entered_total = self._counter(
+            "state_entered", "Times the worker entered this state.", ("state",)
+        )
+        for state in STATES:
+            self.state_entered_total.labels(state)
+        self.serving_loop_lag_seconds = self._histogram(
+            "serving_loop_lag_seconds",
+            "How much later than due the serving loop ran its heartbeat. "
+            "One observation per heartbeat.",
+            (),
+            LATENCY_BUCKETS,
+        )
+        self.page_publish_seconds = self._histogram(
+            "page_publish_seconds",
+            "Rendering the serving process's metrics and handing them to the observer, about once "
+            "a second, in CPU time of the thread that does it.",
+            (),
+            LATENCY_BUCKETS,
+        )
+        self.page_publish_errors_total = self._counter(
+            "page_publish_errors",
+            "Pages of the serving process that could not be handed to the observer.",
+        )
+
+
+class ObserverMetrics(ExporterMetrics):
+    """What the observer process tells: the worker's state, and how it knows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self._declare_observer()
+
+    def set_state(self, state: str) -> None:
+        """Show ``state``.
+
+        Raises:
+            ValueError: it is not one of ``STATES``.
+        """
+        if state not in STATES:
+            raise ValueError(f"unknown worker state {state!r}; one of {', '.join(STATES)}")
+        for name in STATES:
+            self.state.labels(name).set(1 if name == state else 0)
+
+    def set_build(self, version: str, vllm_version: str) -> None:
+        """Publish what runs here."""
+        self.build_info.labels(version, vllm_version).set(1)
+
+    def _declare_observer(self) -> None:
+        self.state = self._gauge(
+            "state", "1 for the state the worker is in, 0 for all others.", ("state",), "mostrecent"
+        )
+        self.last_exit_timestamp_seconds = self._gauge(
+            "last_exit_timestamp_seconds",
+            "When the previous process of this worker ended, by why (Unix time). "
+            "Absent when unknown.",
+            ("reason",),
+            "mostrecent",
+        )
+        self.build_info = self._gauge(
+            "build_info",
+            "1, labelled with the versions that run here.",
+            ("version", "vllm_version"),
+            "mostrecent",
+        )
+        self.serving_loop_heartbeat_timestamp_seconds = self._unknown_gauge(
+            "serving_loop_heartbeat_timestamp_seconds",
+            "When the serving loop last ran its heartbeat (Unix time). Absent before the first.",
+            "max",
+        )
+        self.serving_page_age_seconds = self._unknown_gauge(
+            "serving_page_age_seconds",
+            "How old the serving process's part of this page is; it is written about once a "
+            "second. One that is too old is left out. Absent before the first.",
+            "max",
+        )
+        self.observer_restarts_total = self._counter(
+            "observer_restarts",
+            "Times the observer process, which serves this page, ended by itself and was started "
+            "again. No request is touched by it.",
+        )
+
+
+class Metrics(ServingMetrics, ObserverMetrics):
+    """All metrics of the worker on one registry: for their documents and for tests."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)  # ServingMetrics; its last super().__init__ declares the rest
 
 
 class EngineMetrics:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from llm_worker.kv import routes
 from llm_worker.kv.index.index import Index
@@ -32,16 +32,13 @@ def index_of(**workers: Sequence[Hash]) -> Index:
 def client(index: Index, **handlers: Any) -> TestClient:
     """The routes on an index."""
     listeners = [ListenerStats(source.worker, source.rank) for source in index.sources()]
-    app = FastAPI()
     made = routes.KvHandlers(
         index=index,
         listeners=lambda: listeners,
         planes=lambda: [PlaneStats("zmq", up=True)],
         **handlers,
     )
-    app.include_router(routes.reading(made))
-    app.include_router(routes.writing(made))
-    return TestClient(app)
+    return TestClient(Starlette(routes=[*routes.reading(made), *routes.writing(made)]))
 
 
 def test_a_match_says_who_holds_how_much_best_first_and_why_the_next_block_misses() -> None:
@@ -190,10 +187,8 @@ def test_the_server_answers_others_while_it_looks_for_many_hashes(
 ) -> None:
     """Probes come to it, too. Few hashes are looked for at once: a thread takes longer."""
     index = index_of(a=[1])
-    app = FastAPI()
-    app.include_router(
-        routes.reading(routes.KvHandlers(index=index, listeners=tuple, planes=tuple))
-    )
+    handlers = routes.KvHandlers(index=index, listeners=tuple, planes=tuple)
+    app = Starlette(routes=routes.reading(handlers))
     running, seen = threading.Semaphore(1), []
     answered = threading.Event()
 

@@ -5,9 +5,10 @@ engine's, the files of several processes. A source that fails costs its own fami
 and the same page says so: `exporter_source_up` is 0. What is left out of the page is counted.
 
 Owns the sources, the page's layouts from one rendering to the next, and the exporter's metrics.
-What may stand on a page is `page`'s business. Never imports prometheus_client or the engine, reads
-no environment, starts no thread. Rendering is synchronous and safe to call from several threads;
-keep it off the serving loop.
+What may stand on a page is `page`'s business. One process may read families for the page of
+another: `Exposition.publish` there, `Exposition.register_published` here. Never imports
+prometheus_client or the engine, reads no environment, starts no thread. Rendering is synchronous
+and safe to call from several threads; keep it off the serving loop.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import gzip
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from llm_worker.exposition.continuity import Continued, Total
 from llm_worker.exposition.direct import Family, NotDirectError, collectors
 from llm_worker.exposition.negotiation import OPENMETRICS, accepts_gzip, choose_format
-from llm_worker.exposition.page import DROP_REASONS, Page
+from llm_worker.exposition.page import DROP_REASONS, Block, Page
 from llm_worker.exposition.series import InvalidFamilyError, Layouts
 from llm_worker.exposition.source import Collectable, Source, checked_labels
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from llm_worker.exposition.multiprocess import MultiprocessDirectory
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _Request = tuple[str, bool, frozenset[str]]  # format, compressed, names
 
@@ -43,6 +45,14 @@ class ExporterMetrics(Protocol):
     exporter_source_errors_total: Counter
     exporter_families_dropped_total: Counter
     exporter_render_seconds: Histogram
+
+
+class Published(NamedTuple):
+    """What one process has read, for another's page."""
+
+    text: Sequence[Block]
+    openmetrics: Sequence[Block]
+    exporter: Sequence[Total]  # of its own sources; the other's page shows them with its own
 
 
 class Rendered(NamedTuple):
@@ -61,17 +71,29 @@ class Exposition:
     """
 
     def __init__(
-        self, metrics: ExporterMetrics, constant_labels: Mapping[str, str] | None = None
+        self,
+        metrics: ExporterMetrics,
+        constant_labels: Mapping[str, str] | None = None,
+        *,
+        continued: Continued | None = None,
+        on_page: Callable[[], None] = lambda: None,
     ) -> None:
         """``constant_labels`` go on every series that does not carry the label already.
+
+        ``continued`` has the counters of sources registered with ``go_on`` go on where an earlier
+        process stopped; ``on_page`` is called when a page was read and before it is handed out.
 
         Raises:
             ValueError: one of the labels could not be on every series.
         """
         self._metrics = metrics
+        self._continued = continued
+        self._on_page = on_page
         self._constant_labels = checked_labels(constant_labels or {}, "constant_labels")
         self._sources: dict[str, Source] = {}
-        self._own = Source("exporter", _OwnMetrics(metrics), labels=self._constant_labels)
+        self._published: dict[str, Callable[[], Published | None]] = {}
+        self._exporter = _OwnMetrics(metrics, continued)
+        self._own = Source("exporter", self._exporter, labels=self._constant_labels)
         self._own_names = frozenset(family.name for family in self._own.registry.collect())
         self._lock = threading.Lock()  # of _sources and _flights
         self._rendering = threading.Lock()  # of the layouts
@@ -86,6 +108,7 @@ class Exposition:
         exclude: Collection[str] = (),
         add_prefix: str = "",
         labels: Mapping[str, str] | None = None,
+        go_on: bool = False,
     ) -> None:
         """Show the families of ``registry``.
 
@@ -93,12 +116,42 @@ class Exposition:
         ``include`` and ``exclude`` are prefixes of family names as the registry's own page would
         show them: without ``include`` all are shown; what ``exclude`` names is not, even if
         included. ``add_prefix``, such as ``trtllm_``, goes before every name. ``labels`` go on
-        every series that lacks them; they win over the exporter's constant labels.
+        every series that lacks them; they win over the exporter's constant labels. With ``go_on``
+        its counters go on where those of an earlier process stopped.
 
         Raises:
             ValueError: the name is taken, or an argument could not give a valid page.
         """
-        self._add(Source(name, registry, include, exclude, add_prefix, labels or {}))
+        self._add(Source(name, registry, include, exclude, add_prefix, labels or {}, go_on=go_on))
+
+    def register_published(self, name: str, read: Callable[[], Published | None]) -> None:
+        """Show what another process published, before all sources of this one.
+
+        ``read`` returns None where nothing was published yet, and raises where what was published
+        must not be shown any more: that is a failure of the source ``name``.
+        """
+        self._published[name] = read
+        self._metrics.exporter_source_errors_total.labels(source=name).inc(0)
+
+    def publish(self) -> Published:
+        """Read all sources, in both formats, for another process's page."""
+        pages = []
+        for openmetrics in (False, True):
+            with self._lock:
+                sources = list(self._sources.values())
+            with self._rendering:
+                page = Page(openmetrics=openmetrics)
+                faults = [self._read(source, page) for source in sources]
+                pages.append(page)
+        for source, fault in zip(sources, faults, strict=True):
+            self._note(source, fault)
+        self._count_drops(pages[0])
+        exporter = [
+            (family.name, sample.name, dict(sample.labels), sample.value)
+            for family in self._exporter.families()
+            for sample in family.samples
+        ]
+        return Published(pages[0].blocks(), pages[1].blocks(), exporter)
 
     def register_multiprocess(
         self,
@@ -190,19 +243,42 @@ class Exposition:
             sources = list(self._sources.values())
         with self._rendering:
             page = Page(openmetrics=format_ == OPENMETRICS)
+            self._exporter.others = []
+            for name, read in self._published.items():
+                self._put_published(name, read, page, openmetrics=format_ == OPENMETRICS)
             for source in sources:
                 fault = self._read(source, page)
                 self._note(source, fault)
-            for name, reason in page.drops:
-                self._metrics.exporter_families_dropped_total.labels(
-                    source=name, reason=reason
-                ).inc()
+            self._count_drops(page)
             self._read(self._own, page)  # last: it tells of this very page
+            self._on_page()
             body = page.text(names).encode()
         if compressed:
             body = gzip.compress(body, compresslevel=1, mtime=0)
         self._metrics.exporter_render_seconds.observe(time.perf_counter() - started)
         return Rendered(body, format_, "gzip" if compressed else None)
+
+    def _count_drops(self, page: Page) -> None:
+        for name, reason in page.drops:
+            self._metrics.exporter_families_dropped_total.labels(source=name, reason=reason).inc()
+
+    def _put_published(
+        self, name: str, read: Callable[[], Published | None], page: Page, *, openmetrics: bool
+    ) -> None:
+        fault = ""
+        try:
+            published = read()
+        except Exception as error:  # whatever it is: the rest of the page is in order
+            published, fault = None, f"{error}"
+        if published is None and not fault:
+            return  # not yet: neither up nor down
+        if published is not None:
+            for block in published.openmetrics if openmetrics else published.text:
+                page.add_block(name, block)
+            self._exporter.others += published.exporter
+        self._metrics.exporter_source_up.labels(source=name).set(0 if fault else 1)
+        if fault:
+            self._metrics.exporter_source_errors_total.labels(source=name).inc()
 
     def _read(self, source: Source, page: Page) -> str:
         """Put the source's families on the page; what was wrong with them first, or nothing."""
@@ -212,9 +288,11 @@ class Exposition:
         direct: dict[Any, Family | None] = {}
         try:
             for collector in collectors(source.registry):
-                if self._put_direct(source, collector, page, direct):
+                if not source.go_on and self._put_direct(source, collector, page, direct):
                     continue
                 for metric in collector.collect():
+                    if source.go_on and self._continued is not None:
+                        metric = self._continued.add(metric)  # noqa: PLW2901
                     wrong = self._put(source, metric, page, layouts)
                     if wrong and not fault:
                         fault = f"family {getattr(metric, 'name', metric)!r}: {wrong}"
@@ -273,20 +351,32 @@ class Exposition:
         if fault:
             self._metrics.exporter_source_errors_total.labels(source=source.name).inc()
             if fault != source.complaint:
-                logger.warning(
+                log.warning(
                     "metrics source %s: %s", source.name, fault, extra={"source": source.name}
                 )
         source.complaint = fault
 
 
 class _OwnMetrics:
-    """The exporter's metrics as a source."""
+    """The exporter's metrics as a source, with those of processes that publish here."""
 
-    def __init__(self, metrics: ExporterMetrics) -> None:
+    def __init__(self, metrics: ExporterMetrics, continued: Continued | None) -> None:
         self._metrics = metrics
+        self._continued = continued
+        self.others: list[Total] = []  # of processes that go on by themselves
 
-    def collect(self) -> Iterator[Metric]:
+    def families(self) -> Iterator[Metric]:
+        """What each source did, of this process."""
         yield from self._metrics.exporter_source_up.collect()
         yield from self._metrics.exporter_source_errors_total.collect()
         yield from self._metrics.exporter_families_dropped_total.collect()
-        yield from self._metrics.exporter_render_seconds.collect()
+
+    def collect(self) -> Iterator[Metric]:
+        for own in self.families():
+            family = own if self._continued is None else self._continued.add(own)
+            for name, sample, labels, value in self.others:
+                if name == family.name:
+                    family.add_sample(sample, labels, value)
+            yield family
+        for own in self._metrics.exporter_render_seconds.collect():
+            yield own if self._continued is None else self._continued.add(own)

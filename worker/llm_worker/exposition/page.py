@@ -16,9 +16,9 @@ Left out, never passed on:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_worker.exposition.series import (
     BUCKET,
@@ -120,19 +120,58 @@ class _Group:
         return self.unfit
 
 
+class Block(NamedTuple):
+    """One family's text in one format, as one process hands it to another."""
+
+    name: str
+    type: str
+    documentation: str  # not escaped
+    unit: str
+    body: str  # its lines, joined
+    late: Mapping[str, str]  # suffix → lines that the text format shows as a gauge of their own
+
+
 @dataclass(slots=True)
 class _Family:
-    """One family of the page, perhaps from several sources."""
+    """One family of the page; a kind of it knows its lines."""
 
     name: str
     type: str
     documentation: str
     unit: str
     complete: bool  # takes no groups of other sources
+
+
+@dataclass(slots=True)
+class _Written(_Family):
+    """A family whose lines are there: read directly, or by another process."""
+
+    lines: list[str]
+    late: Mapping[str, list[str]]
+    direct: Direct | None = None  # where they come from, to read it once more sample by sample
+
+    def put(self, lines: list[str], late: dict[str, list[str]] | None) -> None:
+        """Add its lines; those of suffixes that are shown elsewhere go to ``late`` if it is one."""
+        lines.extend(self.lines)
+        if late is not None:
+            late.update({suffix: list(own) for suffix, own in self.late.items()})
+
+
+@dataclass(slots=True)
+class _Sampled(_Family):
+    """A family that was read sample by sample, perhaps from several sources."""
+
     groups: dict[str, _Group]  # by series.Layout.group
-    direct: Direct | None = None
-    lines: list[str] = field(default_factory=list)  # instead of groups, of a direct family
-    late: list[str] = field(default_factory=list)
+
+    def put(self, lines: list[str], late: dict[str, list[str]] | None) -> None:
+        """Add its lines; those of suffixes that are shown elsewhere go to ``late`` if it is one."""
+        for group in self.groups.values():
+            if late is None or not group.late:
+                lines.extend([series + value for series, value in group.lines.items()])
+                continue
+            for series, value in group.lines.items():
+                own = group.late.get(series)
+                (lines if own is None else late.setdefault(own, [])).append(series + value)
 
 
 class Page:
@@ -141,7 +180,7 @@ class Page:
     def __init__(self, *, openmetrics: bool) -> None:
         self.drops: list[tuple[str, str]] = []  # source, one of DROP_REASONS
         self._openmetrics = openmetrics
-        self._families: dict[str, _Family] = {}
+        self._families: dict[str, _Written | _Sampled] = {}
         self._names: set[str] = set()  # in use
 
     def add_direct(self, source: Source, direct: Direct) -> bool:
@@ -155,19 +194,49 @@ class Page:
             return False
         lines, late = direct.lines(openmetrics=self._openmetrics)
         self._names |= direct.names
-        self._families[direct.shown] = _Family(
+        self._families[direct.shown] = _Written(
             direct.shown, direct.type, encodable(direct.documentation),
-            _unit(direct.shown, direct.unit), source.complete, {}, direct, lines, late,
+            _unit(direct.shown, direct.unit), source.complete,
+            lines, {"_created": late} if late else {}, direct,
         )  # fmt: skip
         return True
 
-    def _by_samples(self, family: _Family) -> None:
+    def add_block(self, source: str, block: Block) -> None:
+        """Put a family on the page that another process has read in this page's format."""
+        names = names_of(block.name, block.type)
+        if not self._names.isdisjoint(names):
+            self.drops.append((source, "duplicate"))
+            return
+        self._names |= names
+        late = {suffix: [lines] for suffix, lines in block.late.items()}
+        self._families[block.name] = _Written(
+            block.name, block.type, block.documentation, block.unit, True, [block.body], late
+        )
+
+    def blocks(self) -> list[Block]:
+        """The page's families, for another process to put on its own."""
+        blocks = []
+        for family in self._families.values():
+            lines: list[str] = []
+            late: dict[str, list[str]] = {}
+            family.put(lines, None if self._openmetrics else late)
+            if lines:
+                joined = {suffix: "\n".join(own) for suffix, own in late.items()}
+                blocks.append(
+                    Block(
+                        family.name, family.type, family.documentation, family.unit,
+                        "\n".join(lines), joined,
+                    )
+                )  # fmt: skip
+        return blocks
+
+    def _by_samples(self, family: _Written, direct: Direct) -> _Sampled:
         """Read a direct family once more, sample by sample: another source has the same one."""
-        direct = family.direct
-        assert direct is not None
         (metric,) = direct.metric.collect()
-        family.groups, _ = _groups(direct.naming, metric, {}, openmetrics=self._openmetrics)
-        family.direct = None
+        groups, _ = _groups(direct.naming, metric, {}, openmetrics=self._openmetrics)
+        return _Sampled(
+            family.name, family.type, family.documentation, family.unit, family.complete, groups
+        )
 
     def add(self, source: Source, metric: Metric, layouts: Layouts) -> str:
         """Put a family, or what is new of it, on the page; what of it was wrong, or nothing.
@@ -204,10 +273,11 @@ class Page:
             self._names |= names
             about = encodable(str(metric.documentation))
             unit = _unit(name, metric.unit)
-            self._families[name] = _Family(name, type_, about, unit, source.complete, groups)
+            self._families[name] = _Sampled(name, type_, about, unit, source.complete, groups)
         else:
-            if present.direct is not None:
-                self._by_samples(present)
+            if isinstance(present, _Written):
+                assert present.direct is not None, "a block is complete"
+                present = self._families[name] = self._by_samples(present, present.direct)
             for key, group in groups.items():
                 if present.groups.setdefault(key, group) is not group:
                     repeated = True
@@ -300,32 +370,19 @@ def _groups(
     return groups, repeated
 
 
-def _write_openmetrics(family: _Family, lines: list[str]) -> None:
+def _write_openmetrics(family: _Written | _Sampled, lines: list[str]) -> None:
     _write_head(family.name, escaped(family.documentation), family.type, lines)
     if family.unit and family.type not in ("info", "stateset"):
         lines.append(f"# UNIT {family.name} {family.unit}")
-    if family.direct is not None:
-        lines.extend(family.lines)
-    for group in family.groups.values():
-        lines.extend([series + value for series, value in group.lines.items()])
+    family.put(lines, None)
 
 
-def _write_text(family: _Family, lines: list[str]) -> None:
+def _write_text(family: _Written | _Sampled, lines: list[str]) -> None:
     suffix, type_ = TEXT_TYPES[family.type]
     about = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
     _write_head(family.name + suffix, about, type_, lines)
     late: dict[str, list[str]] = {}
-    if family.direct is not None:
-        lines.extend(family.lines)
-        if family.late:
-            late["_created"] = family.late
-    for group in family.groups.values():
-        if not group.late:
-            lines.extend([series + value for series, value in group.lines.items()])
-            continue
-        for series, value in group.lines.items():
-            own = group.late.get(series)
-            (lines if own is None else late.setdefault(own, [])).append(series + value)
+    family.put(lines, late)
     for own, samples in sorted(late.items()):
         _write_head(family.name + own, about, "gauge", lines)
         lines.extend(samples)

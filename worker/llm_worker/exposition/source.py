@@ -45,6 +45,7 @@ class Source:
     prefix: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     complete: bool = False  # nobody may add to its families
+    go_on: bool = False  # its counters go on where an earlier process stopped
     # family name and type -> what is known of its samples, from the last reading
     layouts: dict[tuple[str, str], Layouts] = field(default_factory=dict)
     # collector -> how to read it without collect(); None: only by collect()

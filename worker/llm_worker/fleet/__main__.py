@@ -10,10 +10,12 @@ import logging
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from llm_worker import __version__
 from llm_worker.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_STOPPED, ConfigError
@@ -21,10 +23,13 @@ from llm_worker.exposition.exposition import Exposition
 from llm_worker.fleet.fleet import Fleet
 from llm_worker.kv import routes
 from llm_worker.kv.collector import KvCollector
+from llm_worker.listening import listen
 from llm_worker.logs import configure_logging
-from llm_worker.metrics import Metrics
+from llm_worker.metrics import ExporterMetrics
 from llm_worker.observer.health import Verdict
-from llm_worker.observer.server import Probes, SystemServer, name_unknown_routes
+from llm_worker.observer.probes import Probes
+from llm_worker.observer.routes import application
+from llm_worker.observer.server import SystemServer
 from llm_worker.settings.fleet import FleetConfig, help_text, load
 
 if TYPE_CHECKING:
@@ -48,7 +53,7 @@ class Service:
             gone_seconds=config.gone_seconds,
             resolve_seconds=config.resolve_seconds,
         )
-        exposition = Exposition(Metrics(CollectorRegistry()))
+        exposition = Exposition(ExporterMetrics(CollectorRegistry()))
         exposition.register(
             "kv",
             KvCollector(
@@ -60,12 +65,14 @@ class Service:
         )
         exposition.register("process", REGISTRY)  # its CPU and memory: runbooks ask for them
         try:
-            self.server = SystemServer(create_app(self.fleet, exposition), config.host, config.port)
-        except ConfigError as error:
+            self.server = SystemServer(
+                create_app(self.fleet, exposition), listen(config.host, config.port)
+            )
+        except OSError as error:
             raise ConfigError(
                 [
                     f"the KV index cannot listen on {config.host}:{config.port}: choose another "
-                    f"--port, or stop what holds it ({error.__cause__})"
+                    f"--port, or stop what holds it ({error.strerror or error})"
                 ]
             ) from error
 
@@ -82,21 +89,19 @@ class Service:
 
 def create_app(fleet: Fleet, exposition: Exposition) -> ASGIApp:
     """The service's routes."""
-    app = FastAPI(title="KV index of a fleet", docs_url=None, redoc_url=None)
     handlers = routes.KvHandlers(
         index=fleet.index,
         listeners=fleet.listeners,
         planes=tuple,
         more_status=fleet.status,
     )
-    app.include_router(routes.reading(handlers))
-    app.include_router(routes.writing(handlers))
 
-    @app.get("/version")
-    async def version() -> dict[str, Any]:
-        return {"version": __version__}
+    async def version(_: Request) -> Response:
+        return JSONResponse({"version": __version__})
 
-    name_unknown_routes(app)
+    app = application(
+        [*routes.reading(handlers), *routes.writing(handlers), Route("/version", version)]
+    )
     return Probes(app, FleetHealth(fleet), exposition)
 
 
@@ -126,12 +131,14 @@ def main() -> int:
         print(help_text(), end="")
         return EXIT_STOPPED
     try:
-        config, check_only = load(arguments)
-        if check_only:
-            print(config.to_json(), end="")
+        command = load(arguments)
+        configure_logging(command.config.log_format, command.config.log_level)
+        for warning in command.warnings:
+            log.warning("%s", warning)
+        if command.check_only:
+            print(command.config.to_json(), end="")
             return EXIT_STOPPED
-        configure_logging(config.log_format)
-        service = Service(config)
+        service = Service(command.config)
     except ConfigError as error:
         print("the KV index cannot start with these settings:", file=sys.stderr)
         for problem in error.problems:

@@ -27,12 +27,12 @@ from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.transport import END_SEQUENCE, STATUS
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.settings.fleet import Endpoint
+from llm_worker.settings.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from llm_worker.fleet.nats_reader import NatsSource
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 1.0
 _PATIENCE_SECONDS = 5.0  # with an answer, before it is asked for again or done without
@@ -190,7 +190,7 @@ class Fleet:
                 except OSError as error:
                     # What it led to before may still be there.
                     if endpoint not in self._unresolved:
-                        logger.warning("%s: cannot be looked up: %s", endpoint, error)
+                        log.warning("%s: cannot be looked up: %s", endpoint, error)
                     self._unresolved[endpoint] = str(error)
             if self._stop.wait(self._resolve_seconds):
                 return
@@ -249,7 +249,7 @@ class Fleet:
             except Exception:
                 failures += 1
                 if failures & (failures - 1) == 0:  # not a log full of the same
-                    logger.exception("a round through the fleet failed")
+                    log.exception("a round through the fleet failed")
             self._stop.wait(max(0.0, began + ROUND_SECONDS - time.monotonic()))
         for address in list(self._addresses.values()):
             self._close(address)
@@ -295,7 +295,7 @@ class Fleet:
         try:
             address.pieces.append(topics.decode_status(frames[3]))
         except msgspec.DecodeError as error:
-            logger.warning("%s: no status: %s", address.key, error)
+            log.warning("%s: no status: %s", address.key, error)
 
     def _reconcile(self, now: float) -> None:
         """Listen to who is there, mark who cannot be trusted, forget who is gone."""
@@ -341,7 +341,7 @@ class Fleet:
             for status in address.answer:
                 key = (owner, worker, status.rank)
                 if status.worker == worker and key not in self._listeners:
-                    logger.info("following rank %d of %s at %s", status.rank, worker, owner)
+                    log.info("following rank %d of %s at %s", status.rank, worker, owner)
                     assert address.endpoint.replay_port is not None
                     self._listeners[key] = self.pipeline.listen(
                         address.tcp(address.endpoint.port),
@@ -398,7 +398,7 @@ class Fleet:
 
     def _forget(self, worker: str) -> None:
         """It was away for too long."""
-        logger.info("%s is gone for %.0f s: its blocks are forgotten", worker, self._gone_seconds)
+        log.info("%s is gone for %.0f s: its blocks are forgotten", worker, self._gone_seconds)
         self._remove(worker)
         self._seen.pop(worker, None)
         self._owners.pop(worker, None)

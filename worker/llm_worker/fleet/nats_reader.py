@@ -36,7 +36,7 @@ from llm_worker.kv.plane import nats_plane, topics
 from llm_worker.kv.plane.nats_connection import TROUBLE, cancelled, stay_connected
 from llm_worker.kv.stats import ListenerStats
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 DISCOVER_SECONDS = 2.0
 STATUS_SECONDS = 2.0
@@ -118,7 +118,7 @@ class NatsSource:
         complaint = f"{what}: {type(error).__name__}: {error}"
         if complaint not in self._complaints:
             self._complaints.add(complaint)
-            logger.warning("reading KV events from NATS: %s", complaint)
+            log.warning("reading KV events from NATS: %s", complaint)
 
     def _cancel(self) -> None:
         if self._main is not None:
@@ -152,7 +152,7 @@ class NatsSource:
         if isinstance(error, TROUBLE):
             self.complain("connection", error)
         else:  # a bug of ours, or of the client's
-            logger.exception("reading KV events from NATS broke; it starts again")
+            log.exception("reading KV events from NATS broke; it starts again")
         marks = (follower.disconnected() for follower in self._followers.values())
         # Where the index's thread is busy for too long they come all the same, only later.
         await asyncio.gather(*marks, return_exceptions=True)
@@ -196,7 +196,7 @@ class NatsSource:
                     self._tasks[worker] = asyncio.create_task(follower.follow(client), name=worker)
                 elif task is not None and task.done():
                     error = None if task.cancelled() else task.exception()
-                    logger.error("following %s ended: %r", worker, error)
+                    log.error("following %s ended: %r", worker, error)
                     self._forget(worker)
             if len(page) < 256:  # the server's page
                 break
@@ -559,7 +559,7 @@ def _broke(stream: Stream) -> bool:
     stream.stats.crashes += 1
     # Every one of a stream that always breaks would fill the disk.
     if stream.stats.crashes & (stream.stats.crashes - 1) == 0:
-        logger.exception("KV events of %s broke their reader; it goes on", stream.stats.worker)
+        log.exception("KV events of %s broke their reader; it goes on", stream.stats.worker)
     skipped = stream.skip()
     stream.source.trust.not_understood()
     return skipped

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, cast
 
 import msgspec
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.stats import ListenerStats, PlaneStats
@@ -72,46 +73,47 @@ class _RefusedError(Exception):
         self.status = status
 
 
-def reading(handlers: KvHandlers) -> APIRouter:
+def reading(handlers: KvHandlers) -> list[Route]:
     """``/kv/status``, ``/kv/match`` and ``/kv/dump``: none of them changes anything."""
-    router = APIRouter(prefix="/kv")
     large = asyncio.Lock()
 
-    @router.get("/status")
-    async def status() -> Response:
+    async def status(_: Request) -> Response:
         return Response(encode(_status(handlers)), media_type=_JSON)
 
-    @router.post("/match")
     async def match(request: Request) -> Response:
         try:
             question = await _read(request)
             hashes = await _hashes(handlers, question)
         except _RefusedError as error:
             handlers.index.match_stats.requests["invalid"] += 1
-            return Response(encode({"error": str(error)}), error.status, media_type=_JSON)
+            return _refusal(error)
         if len(hashes) <= IN_PLACE_HASHES:
             return _match(handlers, question, hashes)
         async with large:
             return await asyncio.to_thread(_match, handlers, question, hashes)
 
-    @router.get("/dump")
-    async def dump(worker: str | None = None, rank: int | None = None) -> Response:
+    async def dump(request: Request) -> Response:
+        worker, rank = request.query_params.get("worker"), request.query_params.get("rank")
+        if rank is not None and not rank.isdecimal():
+            return _refusal(_RefusedError(422, f"`rank` is {rank!r:.80}: write a number"))
         sources = [
             source
             for source in handlers.index.sources()
-            if worker in (None, source.worker) and rank in (None, source.rank)
+            if worker in (None, source.worker) and (rank is None or int(rank) == source.rank)
         ]
         return StreamingResponse(_dump(sources), media_type="application/x-ndjson")
 
-    return router
+    return [
+        Route("/kv/status", status),
+        Route("/kv/match", match, methods=["POST"]),
+        Route("/kv/dump", dump),
+    ]
 
 
-def writing(handlers: KvHandlers) -> APIRouter:
+def writing(handlers: KvHandlers) -> list[Route]:
     """``/kv/audit``, which makes the engine tell all its blocks: for who may change the worker."""
-    router = APIRouter(prefix="/kv")
 
-    @router.post("/audit")
-    async def audit() -> Response:
+    async def audit(_: Request) -> Response:
         if handlers.audit is None:
             body = {
                 "error": "there is no engine here to compare with: ask a worker's own /kv/audit"
@@ -120,7 +122,11 @@ def writing(handlers: KvHandlers) -> APIRouter:
         found = await asyncio.to_thread(handlers.audit)
         return Response(encode(found), media_type=_JSON)
 
-    return router
+    return [Route("/kv/audit", audit, methods=["POST"])]
+
+
+def _refusal(error: _RefusedError) -> Response:
+    return Response(encode({"error": str(error)}), error.status, media_type=_JSON)
 
 
 async def _read(request: Request) -> Question:
@@ -184,6 +190,8 @@ async def _hashes(handlers: KvHandlers, question: Question) -> Sequence[Hash]:
         )
     except ValueError as error:
         raise _RefusedError(400, str(error)) from None
+    except RuntimeError as error:  # the engine's process is late, or gone
+        raise _RefusedError(503, str(error)) from None
 
 
 def parsed_hashes(given: list[int | str]) -> Sequence[Hash]:

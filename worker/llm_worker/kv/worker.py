@@ -20,7 +20,7 @@ from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Outlet, Pipeline
 from llm_worker.kv.routes import HashBlocks, KvHandlers
 from llm_worker.kv.stats import AuditStats, ListenerStats, PlaneStats
-from llm_worker.settings.setting import PLANE_REPLAY_OFFSET
+from llm_worker.settings.endpoint import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,12 @@ class WorkerKv:
         self,
         worker: str,
         *,
-        plane: str | None,
+        plane: Endpoint | None,
         max_blocks: int | None,
-        connector: tuple[str, int, int | None] | None = None,
+        connector: Endpoint | None = None,
     ) -> None:
-        """``plane`` is ``zmq://HOST:PORT``, ``nats://HOST:PORT`` or None.
-
-        ``connector``: host, port and replay port of rank 0 where an offloading connector publishes
-        events of its own; the other ranks' come behind.
+        """``plane``: where indexed events go on to. ``connector``: rank 0's own events of an
+        offloading connector; the other ranks' ports come behind.
 
         Raises:
             ConfigError: the plane's ports are taken.
@@ -96,12 +94,10 @@ class WorkerKv:
         self._auditor.start()
 
     def _connector_sources(self, ranks: int) -> Iterator[EventSource]:
-        if self._connector is None:
-            return
-        host, port, replay = self._connector
-        for rank in range(ranks):
-            answers = None if replay is None else f"tcp://{host}:{replay + rank}"
-            yield EventSource(rank, f"tcp://{host}:{port + rank}", answers, "")
+        if self._connector is not None:
+            for rank in range(ranks):
+                at = self._connector
+                yield EventSource(rank, at.tcp(rank), at.replay_tcp(rank), at.topic)
 
     def _listen(self, source: EventSource, block_size: int | None, part: str | None) -> None:
         self.pipeline.listen(
@@ -142,35 +138,34 @@ class WorkerKv:
             audit=self._audit,
         )
 
-    def _open(self, plane: str) -> Outlet:
+    def _open(self, plane: Endpoint) -> Outlet:
         def sources() -> list[Any]:
             return self.index.sources()
 
-        scheme, _, address = plane.partition("://")
-        if scheme != "zmq":
+        if plane.kind == "nats":
             try:
                 from llm_worker.kv.plane.nats_plane import NatsPlane
             except ModuleNotFoundError as error:
                 fix = "pip install 'llm-worker[nats]', or choose another --worker-kv-plane"
                 raise ConfigError([f"NATS needs its client: {fix}"]) from error
 
-            return NatsPlane(plane, sources=sources, at_rest=self.pipeline.at_rest)
+            return NatsPlane(plane.url, sources=sources, at_rest=self.pipeline.at_rest)
         from llm_worker.kv.plane.zmq_plane import ZmqPlane
 
-        host, _, port = address.rpartition(":")
-        replay = int(port) + PLANE_REPLAY_OFFSET if int(port) else 0
+        replay = plane.replay_tcp()
+        assert replay is not None  # a plane of ours always answers
         try:
             return ZmqPlane(
-                f"tcp://{host}:{port}",
-                f"tcp://{host}:{replay}",
+                plane.tcp(),
+                replay,
                 sources=sources,
                 at_rest=self.pipeline.at_rest,
             )
         except zmq.ZMQError as error:
             raise ConfigError(
                 [
-                    f"the KV plane cannot be opened on {plane} and port {replay} ({error}): choose "
-                    "another --worker-kv-plane, or stop what holds it"
+                    f"the KV plane cannot be opened on {plane} and port {plane.replay_port} "
+                    f"({error}): choose another --worker-kv-plane, or stop what holds it"
                 ]
             ) from error
 

@@ -2,131 +2,37 @@
 
 Owns one ``AsyncLLM``, vLLM's own API application on it, the engine's processes and their shared
 memory. It knows how to start them, how to tell that they died, and how to leave nothing behind.
-It decides nothing: what follows a death or a signal is ``app``'s business.
+It decides nothing: what follows a death or a signal is `app`'s business.
 
-Source: vllm/entrypoints/launchers/api_server/entry.py and launcher.py, 0.32.0.
+Source: vllm/entrypoints/launchers/launcher.py, 0.32.0.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from llm_worker.errors import ConfigError
-from llm_worker.kv.worker import EventSource
-from llm_worker.metrics import Metrics
+from llm_worker.metrics import ServingMetrics
 from llm_worker.processes import end_descendants, mapped_segments, remove_segments
-from llm_worker.serving import core_truth as truth
-from llm_worker.serving import hooks as startup
-from llm_worker.serving import ledger, tiny
-from llm_worker.serving import stat_logger as stats
-from llm_worker.settings.worker import TINY, Config, cache_directory
+from llm_worker.serving import core_truth, hooks, ledger, recorder, stat_logger
+from llm_worker.serving.hashing import hash_blocks
+from llm_worker.settings.worker import Config
 
 if TYPE_CHECKING:
     import uvicorn
     from vllm.v1.engine.async_llm import AsyncLLM
 
 EXIT_CODE_SECONDS = 0.5
-TINY_KV_CACHE_BYTES = 256 * 2**20
-
-
-def prepare_environment() -> None:
-    """Set what vLLM reads from the environment and what a worker needs otherwise than a shell.
-
-    Called before vLLM is imported. What the user has set is left alone, but for the reaction to a
-    dead engine: vLLM would stop the API server by itself and exit with code 0.
-    """
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
-    os.environ["LLM_WORKER_PARENT_PID"] = str(os.getpid())
-
-
-def parse_arguments(config: Config) -> Namespace:
-    """vLLM's arguments through vLLM's own parser.
-
-    Raises:
-        ConfigError: vLLM refuses them; its message is on standard error already.
-    """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog="llm_worker"))
-    try:
-        args = parser.parse_args([*_defaults(config), *config.engine_args])
-        configure_logging_from_args(args)
-        validate_parsed_serve_args(args)
-    except SystemExit as error:
-        if error.code in (0, None):  # --help, --version
-            raise
-        raise ConfigError(["vLLM refused its arguments (see above)"]) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"vLLM refused its arguments: {error}"]) from error
-    if args.model_tag is not None:
-        fix = f"give --model {args.model_tag}, or the model before all options"
-        raise ConfigError([f"{args.model_tag!r} stands among the options: {fix}"])
-    namespace: Namespace = args
-    return namespace
-
-
-def _defaults(config: Config) -> list[str]:
-    """Arguments that come before the user's, so that the user's win."""
-    defaults: list[str] = []
-    if config.log_format == "json":
-        defaults += ["--logging-config.formatter", "json"]
-    if config.kv_events is not None:
-        events = {
-            "enable_kv_cache_events": True,
-            "publisher": "zmq",
-            "endpoint": f"tcp://*:{config.kv_events.port}",
-            "replay_endpoint": f"tcp://*:{config.kv_events.replay_port}",
-        }
-        defaults += ["--kv-events-config", json.dumps(events)]
-    if config.model == TINY and not Path(TINY).exists():
-        model = tiny.make(cache_directory() / TINY)
-        defaults += ["--model", str(model), "--load-format", "dummy", "--served-model-name", TINY]
-        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            defaults += ["--kv-cache-memory-bytes", str(TINY_KV_CACHE_BYTES)]
-    elif config.model is not None:
-        defaults += ["--model", config.model]
-    return defaults
-
-
-def bind_api(args: Namespace) -> socket.socket:
-    """Bind vLLM's API port before the model loads, so that a busy one fails at once.
-
-    Raises:
-        ConfigError: it cannot be bound.
-    """
-    from vllm.entrypoints.launchers.launcher import setup_server
-
-    try:
-        listener: socket.socket
-        _, listener = setup_server(args, reuse_port=False)
-    except OSError as error:
-        where = args.uds or f"{args.host or '0.0.0.0'}:{args.port}"  # noqa: S104 - a message
-        raise ConfigError(
-            [
-                f"the API cannot listen on {where} ({error.strerror or error}): "
-                "choose another --port, or stop what holds it"
-            ]
-        ) from error
-    except KeyError as error:
-        raise ConfigError([f"vLLM refused its arguments: {error.args[0]}"]) from error
-    return listener
-
 
 # Names and times a start-up phase: ``with phase("configure"): ...``
 Phase = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -135,7 +41,7 @@ Phase = Callable[[str], contextlib.AbstractContextManager[None]]
 class Engine:
     """A running vLLM engine, its processes and its shared memory."""
 
-    def __init__(self, llm: AsyncLLM, args: Namespace, metrics: Metrics) -> None:
+    def __init__(self, llm: AsyncLLM, args: Namespace, metrics: ServingMetrics) -> None:
         self._llm = llm
         self._metrics = metrics
         self._args = args
@@ -144,10 +50,14 @@ class Engine:
         self._processes = list(getattr(manager, "processes", []))
         self._segments = mapped_segments()
         self._models: Any = None  # vLLM's table of served models and adapters
-        self._hashing: truth.Hashing | None = None
+        self._hashing: core_truth.Hashing | None = None
+        # One question at a time, and a thread that nothing else waits for.
+        self._hasher = ThreadPoolExecutor(1, "hashing")
 
     @classmethod
-    async def start(cls, args: Namespace, config: Config, metrics: Metrics, phase: Phase) -> Engine:
+    async def start(
+        cls, args: Namespace, config: Config, metrics: ServingMetrics, phase: Phase
+    ) -> Engine:
         """Configure and start the engine; blocks this loop until the model is loaded.
 
         Raises:
@@ -165,11 +75,11 @@ class Engine:
                 usage_context=UsageContext.OPENAI_API_SERVER
             )
         ledger.install_ledger(metrics)
-        with phase("engine"):
+        with phase("engine"), hooks.only_parents_signals():
             llm = AsyncLLM.from_vllm_config(
                 vllm_config=vllm_config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
-                stat_loggers=[stats.bind(metrics, config.goodput)],
+                stat_loggers=[stat_logger.bind(metrics, config.goodput)],
                 enable_log_requests=engine_args.enable_log_requests,
                 aggregate_engine_logging=engine_args.aggregate_engine_logging,
                 disable_log_stats=engine_args.disable_log_stats,
@@ -229,8 +139,15 @@ class Engine:
         class Server(NoSignalServer):  # type: ignore[misc]
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
-                if self.started:
-                    on_started()
+                if not self.started:
+                    return
+                # uvloop hides that somebody else listens there by now.
+                for each in sockets or ():
+                    if each.fileno() < 0 or not each.getsockopt(
+                        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+                    ):
+                        raise OSError("the API's port was taken by another process meanwhile")
+                on_started()
 
         server: uvicorn.Server = Server(config)
         app.state.server = server  # vLLM's error handlers need it
@@ -265,21 +182,32 @@ class Engine:
 
     def model_load_seconds(self) -> float | None:
         """How long the slowest rank took to load the model; None where it cannot be known."""
-        return startup.model_load_seconds(self._llm.vllm_config)
+        return hooks.model_load_seconds(self._llm.vllm_config)
 
     @property
     def model_name(self) -> str:
         """The name under which vLLM serves and labels the model."""
         return str(self._llm.model_config.served_model_name)
 
-    def info(self) -> stats.EngineCacheInfo:
+    def info(self) -> recorder.EngineCacheInfo:
         """What the engine has: blocks, limits, parallel sizes."""
-        return stats.engine_cache_info(self._llm.vllm_config)
+        return recorder.engine_cache_info(self._llm.vllm_config)
 
-    def kv_event_sources(self) -> list[EventSource]:
-        """Where each rank publishes its KV events, as the engine resolved it; empty: nowhere."""
+    def pids(self) -> list[int]:
+        """Its processes; one of them gone is an engine that died."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
+    def segments(self) -> list[str]:
+        """The shared memory that it has mapped."""
+        return sorted(map(str, self._segments))
+
+    def kv_event_sources(self) -> list[tuple[int, str, str | None, str]]:
+        """Where each rank publishes its KV events, as the engine resolved it; empty: nowhere.
+
+        Rank, endpoint, replay endpoint, topic.
+        """
         return [
-            EventSource(rank, source.endpoint, source.replay_endpoint, source.topic)
+            (rank, source.endpoint, source.replay_endpoint, source.topic)
             for rank, source in sorted(self._llm.get_kv_event_sources().items())
         ]
 
@@ -290,9 +218,9 @@ class Engine:
             Exception: whatever vLLM raises when an engine core does not know how to tell.
         """
         told: list[dict[str, Any]] = await self._llm.engine_core.call_utility_all_async(
-            truth.METHOD, full
+            core_truth.METHOD, full
         )
-        self._hashing = truth.Hashing.of(told[0]) if told else None
+        self._hashing = core_truth.Hashing.of(told[0]) if told else None
         return told
 
     def kv_block_size_tokens(self) -> int:
@@ -300,47 +228,18 @@ class Engine:
         hashing = self._hashing
         return self.info().block_size_tokens if hashing is None else hashing.block_size
 
-    def hash_blocks(
+    async def hash_blocks(
         self, asked: str | Sequence[int], adapter: str | None, cache_salt: str | None
     ) -> list[int | bytes]:
-        """The hashes of a prompt's full blocks, by the engine's own functions; any thread.
+        """The hashes of a prompt's full blocks, by the engine's own functions, on a thread.
 
         Raises:
             ValueError: it cannot be a prompt of this engine.
         """
-        from vllm.utils.hashing import get_hash_fn_by_name
-        from vllm.v1.core import kv_cache_utils
-
-        hashing = self._hashing
-        if hashing is None or not hashing.none_hash:
-            raise ValueError("the engine hashes no blocks: is prefix caching on?")
-        tokens = self._llm.get_tokenizer().encode(asked) if isinstance(asked, str) else list(asked)
-        vocabulary = self._llm.model_config.get_vocab_size()
-        if any(type(token) is not int or not 0 <= token < vocabulary for token in tokens):
-            raise ValueError(f"token ids are integers from 0 to {vocabulary - 1}")
-        request: Any = SimpleNamespace(
-            mm_features=[],
-            prompt_embeds=None,
-            cache_salt=cache_salt,
-            lora_request=self._adapter(adapter),
+        lora = self._adapter(adapter)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._hasher, hash_blocks, self._llm, self._hashing, asked, lora, cache_salt
         )
-        function = get_hash_fn_by_name(self._llm.vllm_config.cache_config.prefix_caching_hash_algo)
-        size = hashing.hash_block_size
-        hashes: list[int | bytes] = []
-        # The engine may have been given another seed than this process.
-        parent = hashing.none_hash
-        for start in range(0, len(tokens) - size + 1, size):
-            extra, _ = kv_cache_utils.generate_block_hash_extra_keys(
-                request, start, start + size, 0
-            )
-            parent = kv_cache_utils.hash_block_tokens(
-                function, parent, tokens[start : start + size], extra
-            )
-            hashes.append(
-                int.from_bytes(parent, "big") & ((1 << 64) - 1) if hashing.integers else parent
-            )
-        step = hashing.block_size // size
-        return hashes[step - 1 :: step]
 
     def _adapter(self, name: str | None) -> Any:
         if name is None:

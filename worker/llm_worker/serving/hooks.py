@@ -13,24 +13,25 @@ Source: vllm/v1/engine/core.py, core_client.py, vllm/v1/worker/worker_base.py, 0
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import functools
 import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
+from multiprocessing import resource_tracker
 from typing import Any
 
-from llm_worker.serving import core_truth as truth
-from llm_worker.settings import worker as config
+from llm_worker import processes
+from llm_worker.serving import core_truth
+from llm_worker.settings import worker as settings
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _FIELD = "llm_worker_facts"  # in the ready message
 
 
@@ -84,24 +85,71 @@ def end_with_parent() -> None:
     that started this process, so the engine has to be constructed on one that lasts as long as its
     process, which is the main one.
     """
-    worker = config.parent_pid_from_env()
-    if worker is None or worker == os.getpid() or not sys.platform.startswith("linux"):
+    serving = settings.parent_pid_from_env()
+    if serving is None or serving == os.getpid() or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
-    if worker not in (parent, _parent_of(parent)):
+    if serving not in (parent, processes.parent_of(parent)):
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it went while we asked
-        os.kill(os.getpid(), signal.SIGKILL)
+    processes.end_with_parent(parent)
+    _heed_parents_only(serving)
 
 
-def _parent_of(pid: int) -> int | None:
+_STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
+_given: list[int] = []  # signals of a parent's that are on their way to the main thread
+_heeding: int | None = None  # the process whose signals are sorted
+
+
+@contextlib.contextmanager
+def only_parents_signals() -> Iterator[None]:
+    """Processes that are started meanwhile heed SIGTERM and SIGINT of their parents only.
+
+    A service manager that stops a worker signals every process of it, and vLLM's engine core ends
+    at once: requests in flight would be cut off before the drain has begun. So engine processes are
+    started with both signals blocked, and once our plug-in runs in them, a thread takes the signals
+    and looks who sent them. Where it does not run, vLLM's own patience ends in SIGKILL.
+    """
+    # Starting it later would unblock both behind our back.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
-        # pid (comm) state ppid ...; comm may hold spaces and brackets
-        fields_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields_[1])
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_parents_only(serving: int) -> None:
+    global _heeding  # noqa: PLW0603  a fork inherits the name, but not the thread
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    main = threading.main_thread()
+    if _heeding == os.getpid() or not blocked >= _STOPS or threading.current_thread() is not main:
+        return
+    _heeding = os.getpid()
+    given = signal.SIGRTMIN + 7
+    signal.signal(given, _take)
+
+    def sort() -> None:
+        while True:
+            told = signal.sigwaitinfo(_STOPS)
+            parents = {os.getpid(), os.getppid(), serving, processes.parent_of(serving)}
+            if told.si_pid in parents:
+                _given.append(told.si_signo)
+                signal.pthread_kill(main.ident or 0, given)
+            else:
+                log.info("process %d is not the one that stops this engine", told.si_pid)
+
+    threading.Thread(target=sort, name="signals", daemon=True).start()
+
+
+def _take(_number: int, frame: Any) -> None:
+    """Do on the main thread what the parent's signal would have done there."""
+    number = _given.pop(0)
+    handler = signal.getsignal(number)
+    if callable(handler):
+        handler(number, frame)
+    elif handler == signal.SIG_DFL:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
 
 
 def ranks(vllm_config: Any) -> Mapping[int, RankFacts]:
@@ -274,8 +322,8 @@ _HOOKS: tuple[tuple[str, str, str, Callable[[Callable[..., Any]], Any]], ...] = 
     ("vllm.v1.engine.core", "EngineCore", "_initialize_kv_caches", _ask_workers),
     ("vllm.v1.engine.core", "EngineCoreProc", "_make_ready_response", _add_facts),
     ("vllm.v1.engine.core_client", "MPClient", "_apply_ready_response", _read_facts),
-    ("vllm.v1.engine.core", "EngineCore", "reset_prefix_cache", truth.announce_reset),
-    ("vllm.v1.engine.core", "EngineCore", truth.METHOD, truth.add),
-    ("vllm.distributed.kv_events", "ZmqEventPublisher", "publish", truth.count_published),
+    ("vllm.v1.engine.core", "EngineCore", "reset_prefix_cache", core_truth.announce_reset),
+    ("vllm.v1.engine.core", "EngineCore", core_truth.METHOD, core_truth.add),
+    ("vllm.distributed.kv_events", "ZmqEventPublisher", "publish", core_truth.count_published),
     ("vllm.v1.engine.coordinator", "DPCoordinatorProc", "run_coordinator", _end_coordinator),
 )

@@ -9,6 +9,7 @@ As a command: ``python -m llm_worker.serving.tiny DIRECTORY``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -59,6 +60,11 @@ CORPUS = (
     "changes should be measured again. Good engineers write things down, keep promises small, and "
     "check them often; great teams do the same with machines."
 )
+
+
+def directory_name() -> str:
+    """A name that changes with this module, so that files of an older one are not kept for it."""
+    return f"tiny-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
 
 
 def make(directory: Path) -> Path:

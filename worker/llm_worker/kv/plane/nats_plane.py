@@ -37,7 +37,7 @@ from llm_worker.kv.wire import Event
 if TYPE_CHECKING:
     from llm_worker.kv.index.index import Sink, Source
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 SUBJECTS = "kv.*.*"
 STREAM_PREFIX = "KV_"
@@ -191,7 +191,7 @@ class NatsPlane:
             self._buffer.clear()
         if left:
             self.stats.dropped["failed"] += left
-            logger.warning("%d KV batches were not stored by NATS before the end", left)
+            log.warning("%d KV batches were not stored by NATS before the end", left)
         self.stats.buffered_batches = 0
         self.stats.up = False
 
@@ -248,7 +248,7 @@ class NatsPlane:
             self._complain("connection", error)
         else:  # a bug of ours, or of the client's: what is buffered still has to go
             self.stats.up = False
-            logger.exception("the NATS plane broke; it starts again")
+            log.exception("the NATS plane broke; it starts again")
 
     async def _live(self, client: Client) -> None:
         """Answer and send over one connection."""
@@ -367,7 +367,7 @@ class NatsPlane:
         if not self.stats.up:
             self.stats.up = True
             self._complaints.clear()
-            logger.info("KV events go to %s", without_credentials(self._url))
+            log.info("KV events go to %s", without_credentials(self._url))
 
     def _complain(self, what: str, error: BaseException) -> None:
         """Once for each new kind of trouble."""
@@ -375,7 +375,7 @@ class NatsPlane:
         complaint = f"{what}: {type(error).__name__}: {error}"
         if complaint not in self._complaints:
             self._complaints.add(complaint)
-            logger.warning("the NATS plane has trouble: %s", complaint)
+            log.warning("the NATS plane has trouble: %s", complaint)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -389,7 +389,7 @@ class NatsPlane:
             try:
                 await self._answer(client, worker, message)
             except Exception as error:  # the index's thread is busy, or broke; or the server went
-                logger.warning("a request for KV blocks was not answered: %r", error)
+                log.warning("a request for KV blocks was not answered: %r", error)
                 self.stats.requests_refused["failed"] += 1
                 how = "failed"
             end = {END_HEADER: how, INSTANCE_HEADER: self.instance}

@@ -30,7 +30,7 @@ import zmq
 
 from llm_worker.kv.stats import PlaneStats
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 END_SEQUENCE = b"\xff" * 8
 SNAPSHOT = b"snapshot"
@@ -248,7 +248,7 @@ class EventSocket:
         except zmq.ZMQError as error:  # the context is gone, or the machine has no memory
             self.stats.dropped["failed"] += 1
             if self.stats.up:
-                logger.warning("KV events cannot be published: %s", error)
+                log.warning("KV events cannot be published: %s", error)
             self.stats.up = False
             return
         self.stats.published_batches += 1
@@ -311,7 +311,7 @@ class _Router:
                 moved = self._give_answers()
         except zmq.ZMQError as error:
             # The context was terminated under us. Publishing says the same, louder.
-            logger.warning("KV events are no longer replayed: %s", error)
+            log.warning("KV events are no longer replayed: %s", error)
         finally:
             _release(self._router)
             self._wakened.close(linger=0)
@@ -400,7 +400,7 @@ class _Router:
         except StopIteration:
             answer.waiting = (b"", END_SEQUENCE, b"")
         except Exception:  # the snapshot is others' code; replay has to outlive it
-            logger.exception("A snapshot of KV events failed")
+            log.exception("A snapshot of KV events failed")
             self._refuse("failed")
             answer.done = True
 

@@ -31,7 +31,7 @@ from llm_worker.kv.trtllm.translator import (
 )
 from llm_worker.kv.wire import BlockRemoved, BlockStored
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # A question does not wait in the engine; the sleep between two bounds what asking costs.
 STATS_TIMEOUT_SECONDS = 0.01
@@ -147,7 +147,7 @@ class Poller:
         """Count it; in the log, only that it began."""
         self.stats.errors[question] += 1
         if question not in self.stats.failing:
-            logger.warning(
+            log.warning(
                 "TensorRT-LLM does not answer about its %s, and is asked again: %s: %s",
                 question,
                 type(error).__name__,

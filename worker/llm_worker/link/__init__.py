@@ -1,0 +1,1 @@
+"""What supervisor, serving and observer say to each other: a board in shared memory, and calls."""
