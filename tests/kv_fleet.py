@@ -36,7 +36,7 @@ class Worker:
         self.plane: Plane | None = None
         self._lock = threading.Lock()
 
-    def at_rest(self, ask: Callable[[], T]) -> T:
+    def on_index_thread(self, ask: Callable[[], T]) -> T:
         """What the pipeline offers a plane."""
         with self._lock:
             return ask()

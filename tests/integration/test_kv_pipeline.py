@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import Index, Sink, Source
+from llm_worker.kv.index.index import BlockSink, Index, Source
 from llm_worker.kv.index.trust import Trust
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.transport import EventSocket
@@ -54,7 +54,7 @@ class Outlet:
         self.closed = 0
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         self.got.append(events)
 
@@ -110,14 +110,14 @@ def test_a_listener_that_breaks_reconnects_and_goes_on(
 
 def test_calls_run_between_batches_on_the_thread_and_tell_their_errors(pipeline: Pipeline) -> None:
     """Before it runs and after it ended they run where they are made."""
-    assert pipeline.at_rest(threading.get_ident) == threading.get_ident()
+    assert pipeline.on_index_thread(threading.get_ident) == threading.get_ident()
     pipeline.start()
-    assert pipeline.at_rest(threading.get_ident) != threading.get_ident()
-    assert pipeline.at_rest(lambda: pipeline.at_rest(lambda: 5)) == 5
+    assert pipeline.on_index_thread(threading.get_ident) != threading.get_ident()
+    assert pipeline.on_index_thread(lambda: pipeline.on_index_thread(lambda: 5)) == 5
     with pytest.raises(ZeroDivisionError):
-        pipeline.at_rest(lambda: 1 // 0)
+        pipeline.on_index_thread(lambda: 1 // 0)
     pipeline.close()
-    assert pipeline.at_rest(threading.get_ident) == threading.get_ident()
+    assert pipeline.on_index_thread(threading.get_ident) == threading.get_ident()
 
 
 def hold(pipeline: Pipeline) -> threading.Event:
@@ -130,7 +130,7 @@ def hold(pipeline: Pipeline) -> threading.Event:
 
     def call() -> None:
         with contextlib.suppress(TimeoutError):
-            pipeline.at_rest(wait)
+            pipeline.on_index_thread(wait)
 
     threading.Thread(target=call, daemon=True).start()
     assert began.wait(10)
@@ -146,7 +146,7 @@ def test_a_call_that_was_given_up_is_not_made_later(
     monkeypatch.setattr("llm_worker.kv.pipeline.CALL_SECONDS", 0.1)
     made: list[int] = []
     with pytest.raises(TimeoutError):
-        pipeline.at_rest(lambda: made.append(1))
+        pipeline.on_index_thread(lambda: made.append(1))
     with pytest.raises(TimeoutError):
         listen(pipeline, socket)
     monkeypatch.undo()
@@ -173,7 +173,7 @@ def test_a_call_that_has_begun_is_waited_for(
         time.sleep(0.3)
         return "made"
 
-    assert pipeline.at_rest(slow) == "made"
+    assert pipeline.on_index_thread(slow) == "made"
 
 
 def test_a_listener_is_made_on_the_thread_that_writes_the_index(
@@ -240,7 +240,7 @@ def test_a_listener_can_be_closed_while_its_publisher_goes(pipeline: Pipeline) -
         going.start()
         pipeline.forget(listener)
         going.join()
-    assert pipeline.at_rest(lambda: True)
+    assert pipeline.on_index_thread(lambda: True)
 
 
 def test_a_listener_that_is_forgotten_hears_nothing_more(

@@ -57,7 +57,7 @@ def plane(
             f"tcp://{host}:{ports[0]}",
             f"tcp://{host}:{ports[1]}",
             sources=worker.index.sources,
-            at_rest=worker.at_rest,
+            on_index_thread=worker.on_index_thread,
             **options,
         )
     )
@@ -288,7 +288,7 @@ def test_two_pipelines_compose_from_an_engines_events_to_the_fleet(
             "tcp://127.0.0.1:0",
             "tcp://127.0.0.1:0",
             sources=index.sources,
-            at_rest=pipeline.at_rest,
+            on_index_thread=pipeline.on_index_thread,
         )
         pipeline.add_outlet(made)
         pipeline.start()

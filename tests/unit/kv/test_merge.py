@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.follow.merge import MergedRank
-from llm_worker.kv.index.index import Index, Sink
+from llm_worker.kv.index.index import BlockSink, Index
 from llm_worker.kv.wire import (
     AllBlocksCleared,
     BlockRemoved,
@@ -29,7 +29,7 @@ class Taken:
         self.payloads: list[bytes] = []
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         assert [type(event) for event in events]
         assert timestamp == 7.0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llm_worker.kv.follow.listener import connectable
 from llm_worker.kv.follow.recovery import ATTEMPTS
 from llm_worker.kv.follow.stream import Stream
-from llm_worker.kv.index.index import Index, Sink, Source
+from llm_worker.kv.index.index import BlockSink, Index, Source
 from llm_worker.kv.plane.topics import EPOCH_BITS
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
@@ -74,7 +74,7 @@ class Outlet:
         self.payloads: list[bytes] = []
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         self.payloads.append(payload)
 

@@ -319,7 +319,7 @@ class Fleet:
         for worker, there in found.items():
             self._listen_to(worker, there)
         self._watch_vllm(now)
-        self.pipeline.at_rest(lambda: self._mark(found))
+        self.pipeline.on_index_thread(lambda: self._mark(found))
         for worker, seen in list(self._seen.items()):
             if now - seen > self._gone_seconds:
                 self._forget(worker)
@@ -413,7 +413,7 @@ class Fleet:
         """Its listeners and its blocks."""
         for key in [key for key in self._listeners if key[1] == worker]:
             self.pipeline.forget(self._listeners.pop(key))
-        self.pipeline.at_rest(lambda: self.index.remove_worker(worker))
+        self.pipeline.on_index_thread(lambda: self.index.remove_worker(worker))
 
 
 def _nats_source(url: str, index: Index, pipeline: Pipeline) -> NatsSource:
@@ -421,7 +421,7 @@ def _nats_source(url: str, index: Index, pipeline: Pipeline) -> NatsSource:
         from llm_worker.fleet.nats_reader import NatsSource
     except ModuleNotFoundError as error:
         raise ConfigError(["NATS needs its client: pip install 'llm-worker[nats]'"]) from error
-    return NatsSource(url, index=index, call=pipeline.at_rest)
+    return NatsSource(url, index=index, call=pipeline.on_index_thread)
 
 
 def _addresses(host: str) -> tuple[str, ...]:

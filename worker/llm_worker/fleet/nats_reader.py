@@ -68,7 +68,7 @@ class _LostPlaceError(Exception):
 class NatsSource:
     """Every worker on one NATS server, as sources of an index."""
 
-    def __init__(self, url: str, *, index: Index, call: topics.AtRest) -> None:
+    def __init__(self, url: str, *, index: Index, call: topics.OnIndexThread) -> None:
         """Prepare; `start` connects.
 
         ``call`` runs a callable on the thread that writes the index and waits for it.

@@ -95,7 +95,7 @@ class Pipeline:
         ``checks_rank`` batches of another rank mark the source.
 
         Raises:
-            TimeoutError: as of `at_rest`; it is not listened to.
+            TimeoutError: as of `on_index_thread`; it is not listened to.
         """
 
         def make() -> Listener:
@@ -119,11 +119,11 @@ class Pipeline:
             return listener
 
         # All of it there: making it already marks the source.
-        return self.at_rest(make)
+        return self.on_index_thread(make)
 
     def forget(self, listener: Listener) -> None:
         """Listen there no more; its source stays in the index."""
-        self.at_rest(lambda: self._remove(listener))
+        self.on_index_thread(lambda: self._remove(listener))
 
     def start(self) -> None:
         """Listen from now on."""
@@ -159,7 +159,7 @@ class Pipeline:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def at_rest(self, ask: Callable[[], T], /) -> T:
+    def on_index_thread(self, ask: Callable[[], T], /) -> T:
         """Run ``ask`` on the thread that writes the index, between two batches.
 
         Raises:
@@ -189,7 +189,7 @@ class Pipeline:
                     return
             self.index.source(worker, rank).clear()
 
-        self.at_rest(clear)
+        self.on_index_thread(clear)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full, so the thread wakes anyway; or closed

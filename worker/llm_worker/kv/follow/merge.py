@@ -68,7 +68,7 @@ class MergedRank:
 
 
 class Part:
-    """What one publisher's stream writes to; see `stream.Sink`."""
+    """What one publisher's stream writes to; see `stream.BlockSink`."""
 
     def __init__(self, whole: MergedRank, name: str) -> None:
         self.worker = whole.source.worker

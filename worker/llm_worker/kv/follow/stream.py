@@ -27,7 +27,7 @@ from llm_worker.kv.follow.recovery import (
     State,
 )
 from llm_worker.kv.follow.writer import Outlet
-from llm_worker.kv.index.index import Sink
+from llm_worker.kv.index.index import BlockSink
 from llm_worker.kv.stats import ListenerStats
 
 
@@ -45,7 +45,7 @@ class Stream:
 
     def __init__(
         self,
-        source: Sink,
+        source: BlockSink,
         stats: ListenerStats,
         *,
         replayable: bool = True,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from llm_worker.kv.follow.numbering import Numbering
-from llm_worker.kv.index.index import Sink
+from llm_worker.kv.index.index import BlockSink
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.wire import (
     ALL_MEDIA,
@@ -29,7 +29,7 @@ class Outlet(Protocol):
     """Where batches go after they were indexed."""
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         """Take one batch; never blocks and never raises."""
 
@@ -39,7 +39,7 @@ class Writer:
 
     def __init__(
         self,
-        source: Sink,
+        source: BlockSink,
         stats: ListenerStats,
         numbers: Numbering,
         outlets: Sequence[Outlet],

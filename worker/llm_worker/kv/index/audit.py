@@ -20,7 +20,7 @@ from functools import reduce
 from operator import xor
 from typing import Any, Protocol
 
-from llm_worker.kv.index.index import Sink
+from llm_worker.kv.index.index import BlockSink
 from llm_worker.kv.stats import AuditStats, ListenerStats
 from llm_worker.kv.wire import GPU, Hash
 
@@ -43,7 +43,7 @@ class Audited(Protocol):
     stats: ListenerStats
 
     @property
-    def source(self) -> Sink:
+    def source(self) -> BlockSink:
         """What is held of it."""
 
     @property
@@ -73,20 +73,20 @@ class Auditor:
         ask: Every rank's truth; with True the full sets. Called on the auditor's thread, and may
             raise anything.
         ranks: What is to be compared.
-        at_rest: Runs a callable between two batches.
+        on_index_thread: Runs a callable between two batches.
     """
 
     def __init__(
         self,
         ask: Callable[[bool], Sequence[Truth]],
         ranks: Callable[[], Sequence[Audited]],
-        at_rest: Callable[[Callable[[], Any]], Any],
+        on_index_thread: Callable[[Callable[[], Any]], Any],
         *,
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
         self._ask = ask
         self._ranks = ranks
-        self._at_rest = at_rest
+        self._on_index_thread = on_index_thread
         self._interval_seconds = interval_seconds
         self._stats: dict[int, AuditStats] = {}
         self._audited: dict[int, int | None] = {}  # the sequence of the last verdict
@@ -219,7 +219,7 @@ class Auditor:
         told = {int(group): tuple(digest) for group, digest in truth["digests"].items()}
         counts = (sum(digest[0] for digest in told.values()), sum(map(len, blocks.values())))
         if {group: digest(hashes) for group, hashes in blocks.items()} == told:
-            if not self._at_rest(lambda: self._tell_equal(ranked, sequence)):
+            if not self._on_index_thread(lambda: self._tell_equal(ranked, sequence)):
                 return Verdict(worker, rank, "busy", "the engine went on meanwhile", sequence)
             return Verdict(worker, rank, "equal", "block by block", sequence, *counts, 0, 0)
         return self._count_drift(ranked, sequence)
@@ -247,7 +247,7 @@ class Auditor:
         counts = (len(engine), len(index), missing, surplus)
         if not missing and not surplus:
             return Verdict(worker, rank, "equal", "block by block", sequence, *counts)
-        self._at_rest(ranked.source.trust.drifted)
+        self._on_index_thread(ranked.source.trust.drifted)
         return Verdict(worker, rank, "drift", "they differ", sequence, *counts)
 
     def _catch_up(self, ranked: Audited, sequence: int | None) -> bool:
@@ -272,7 +272,7 @@ class Auditor:
                     found.setdefault(lane.group or 0, []).extend(lane.parents)
             return found
 
-        found: dict[int, list[Hash]] | None = self._at_rest(take)
+        found: dict[int, list[Hash]] | None = self._on_index_thread(take)
         return found
 
     def _tell_equal(self, ranked: Audited, sequence: int | None) -> bool:

@@ -100,7 +100,7 @@ class Lane:
         return total + sum(map(_allocated, objects.values())) * len(parents) // len(sample)
 
 
-class Sink(Protocol):
+class BlockSink(Protocol):
     """What one publisher's stream writes to: a source, or its part of one (`merge`)."""
 
     worker: str
