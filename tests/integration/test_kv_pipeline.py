@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import zmq
 
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import BlockSink, Index, Source
@@ -193,6 +194,24 @@ def test_a_listener_is_made_on_the_thread_that_writes_the_index(
     pipeline.listen(socket.endpoint, None, worker="w", rank=1, part="connector")
     assert threads
     assert set(threads) == {"kv"}
+
+
+def test_a_listener_that_gets_no_sockets_is_no_listener(socket: EventSocket) -> None:
+    """Who asks again, as the fleet does, would leave a dead one behind each time."""
+    with zmq.Context() as context:
+        context.max_sockets = 5  # three a listener
+        pipeline = Pipeline(Index(), context=context)
+        pipeline.start()
+        first = listen(pipeline, socket)
+        for _ in range(3):
+            with pytest.raises(zmq.ZMQError):
+                pipeline.listen(socket.endpoint, None, worker="w", rank=1)
+        assert pipeline.listeners == [first]
+        pipeline.forget(first)
+        again = listen(pipeline, socket)
+        until(lambda: again.stats.connected)
+        pipeline.close()
+        assert pipeline.crashes == 0
 
 
 def test_a_clear_goes_to_the_outlets_like_any_event(

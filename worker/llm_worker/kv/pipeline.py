@@ -96,6 +96,7 @@ class Pipeline:
 
         Raises:
             TimeoutError: as of `on_index_thread`; it is not listened to.
+            zmq.ZMQError: as of `Listener.open`; it is not listened to.
         """
 
         def make() -> Listener:
@@ -204,9 +205,10 @@ class Pipeline:
         return merged
 
     def _add(self, listener: Listener) -> None:
-        self.listeners = [*self.listeners, listener]
         if self._thread.is_alive():
             listener.open(self._poller)
+        # Not before: one that cannot open its sockets would stay here, dead.
+        self.listeners = [*self.listeners, listener]
 
     def _remove(self, listener: Listener) -> None:
         if listener in self.listeners:

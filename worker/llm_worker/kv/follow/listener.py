@@ -107,14 +107,27 @@ class Listener:
         self._connections = 0
 
     def open(self, poller: zmq.Poller) -> None:
-        """Make the sockets and connect; never waits."""
+        """Make the sockets and connect; never waits.
+
+        Raises:
+            zmq.ZMQError: there are no more sockets or file descriptors, or the address is none.
+                Nothing is open then.
+        """
         self._poller = poller
         sub = self._context.socket(zmq.SUB)
-        sub.setsockopt(zmq.RCVHWM, SUB_HIGH_WATER_MARK)
-        _prepare(sub)
-        sub.subscribe(self._topic)
-        self._monitor = sub.get_monitor_socket(_UP | _DOWN)
-        sub.connect(self.endpoint)
+        try:
+            sub.setsockopt(zmq.RCVHWM, SUB_HIGH_WATER_MARK)
+            _prepare(sub)
+            sub.subscribe(self._topic)
+            self._monitor = sub.get_monitor_socket(_UP | _DOWN)
+            sub.connect(self.endpoint)
+        except zmq.ZMQError:
+            if self._monitor is not None:
+                sub.disable_monitor()
+                self._monitor.close(linger=0)
+                self._monitor = None
+            sub.close(linger=0)
+            raise
         self._sub = sub
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(sub, zmq.POLLIN)
