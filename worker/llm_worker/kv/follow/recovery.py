@@ -21,8 +21,8 @@ was. There is one question at a time. Three things lead away from FOLLOWING:
 Every question ends: the answer is complete, or what was missing came by itself, or it is given up
 after some attempts, and then the index is marked. A lost connection takes the question back and
 leaves the state: the next connection begins anew. `Recovery.on` is the only place where the state
-changes. An event that the table does not have in a state is a bug, which it raises. A picture of the
-table is in docs/kv-stream.md.
+changes. An event that the table does not have in a state is a bug, which it raises. A picture of
+the table is in docs/kv-stream.md.
 """
 
 from __future__ import annotations
