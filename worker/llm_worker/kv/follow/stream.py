@@ -345,7 +345,7 @@ class Stream:
         if self._writer.doubted and self._recovery.state is State.FOLLOWING:
             self._writer.doubted = False
             trust = self.source.trust
-            helps = trust.curable or (trust.refused_blocks and self.source.has_room())
+            helps = trust.curable or (trust.has_refused and self.source.has_room())
             if helps and self._numbers.has_snapshots and self._replayable:
                 self._recovery.begin(Event.MARKED, None)
 

@@ -61,7 +61,7 @@ class Trust:
         return not self.stale.isdisjoint(CURABLE)
 
     @property
-    def refused_blocks(self) -> bool:
+    def has_refused(self) -> bool:
         """Whether blocks are missing because the index had no room for them."""
         return self._refused
 
