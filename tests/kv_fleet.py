@@ -32,11 +32,11 @@ class Worker:
     def __init__(self, name: str, rank: int = 0, index: Index | None = None) -> None:
         self.index = Index() if index is None else index
         self.source = self.index.source(name, rank)
-        self.source.trust()
+        self.source.trust.synchronised()
         self.plane: Plane | None = None
         self._lock = threading.Lock()
 
-    def at_rest(self, ask: Callable[[], T]) -> T:
+    def on_index_thread(self, ask: Callable[[], T]) -> T:
         """What the pipeline offers a plane."""
         with self._lock:
             return ask()

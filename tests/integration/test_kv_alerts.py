@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 import waiting
 from llm_worker.exposition.exposition import Exposition
 from llm_worker.kv.collector import KvCollector
-from llm_worker.kv.follow.stream import CAPACITY_BATCHES
+from llm_worker.kv.follow.holdback import CAPACITY_BATCHES
 from llm_worker.kv.index.audit import Auditor, digest
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
@@ -182,7 +182,7 @@ class Healthy(Site):
             ANY_PORT,
             ANY_PORT,
             sources=self.pipeline.index.sources,
-            at_rest=self.pipeline.at_rest,
+            on_index_thread=self.pipeline.on_index_thread,
             buffer_batches=20,  # full of what is kept for replay, and that is right
         )
         self.pipeline.add_outlet(plane)
@@ -332,7 +332,7 @@ class PlaneAway(Site):
         plane = NatsPlane(
             f"nats://127.0.0.1:{free_ports(1)[0]}",
             sources=self.pipeline.index.sources,
-            at_rest=self.pipeline.at_rest,
+            on_index_thread=self.pipeline.on_index_thread,
             buffer_batches=50,
         )
         self.pipeline.add_outlet(plane)
@@ -381,7 +381,7 @@ class Drift(Site):
         self.auditor = Auditor(
             self.truth,
             lambda: self.pipeline.listeners,
-            self.pipeline.at_rest,
+            self.pipeline.on_index_thread,
             interval_seconds=0.2,
         )
         self.closers.append(self.auditor.close)
@@ -429,7 +429,9 @@ class Unproven(Site):
     def build(self) -> None:
         self.engine = self.publisher()
         self.listen(self.engine)
-        self.auditor = Auditor(self.truth, lambda: self.pipeline.listeners, self.pipeline.at_rest)
+        self.auditor = Auditor(
+            self.truth, lambda: self.pipeline.listeners, self.pipeline.on_index_thread
+        )
 
     def beat(self) -> None:
         self.engine.publish(batch())
@@ -500,7 +502,7 @@ class Behind(Site):
             ANY_PORT,
             ANY_PORT,
             sources=self.pipeline.index.sources,
-            at_rest=self.pipeline.at_rest,
+            on_index_thread=self.pipeline.on_index_thread,
         )
         self.closers.append(self.plane.close)
         self.pipeline.add_outlet(self.plane)

@@ -102,7 +102,7 @@ def plane(worker: Worker, url: str, **options: float) -> NatsPlane:
     made = NatsPlane(
         url,
         sources=worker.index.sources,
-        at_rest=worker.at_rest,
+        on_index_thread=worker.on_index_thread,
         **options,  # type: ignore[arg-type]
     )
     worker.plane = made
@@ -350,7 +350,7 @@ def test_an_error_that_the_server_reports_costs_the_fleet_a_connection(
     stuck.plane = NatsPlane(
         server.url,
         sources=lambda: stuck.index.sources() if runs.wait() else [],
-        at_rest=stuck.at_rest,
+        on_index_thread=stuck.on_index_thread,
     )
     stuck.store()
     until("its stream", lambda: stuck.plane.stats.acknowledged_batches == 1)  # type: ignore[union-attr]
@@ -521,7 +521,7 @@ def test_a_worker_that_cannot_tell_its_blocks_is_read_from_the_beginning(
     def busy(_: Callable[[], T]) -> T:
         raise TimeoutError
 
-    worker.plane = mine = NatsPlane(server.url, sources=worker.index.sources, at_rest=busy)
+    worker.plane = mine = NatsPlane(server.url, sources=worker.index.sources, on_index_thread=busy)
     blocks = worker.store(700)
     worker.remove(blocks[:100])
     until("all stored", lambda: mine.stats.acknowledged_batches == 701)
@@ -547,12 +547,14 @@ def test_a_reading_from_the_beginning_that_is_interrupted_is_taken_up(
     busy = threading.Event()
     busy.set()
 
-    def at_rest(ask: Callable[[], T]) -> T:
+    def on_index_thread(ask: Callable[[], T]) -> T:
         if busy.is_set():
             raise TimeoutError
-        return worker.at_rest(ask)
+        return worker.on_index_thread(ask)
 
-    worker.plane = mine = NatsPlane(server.url, sources=worker.index.sources, at_rest=at_rest)
+    worker.plane = mine = NatsPlane(
+        server.url, sources=worker.index.sources, on_index_thread=on_index_thread
+    )
     worker.store(400)
     until("all stored", lambda: mine.stats.acknowledged_batches == 400)
     feed = nats_source._Follower._feed

@@ -53,7 +53,7 @@ KV_MAY_IMPORT: dict[str, set[str]] = {
     "trtllm": {"plane", "stats", "wire"},
     "pipeline": {"follow", "index", "stats"},
     "routes": {"index", "stats", "wire"},
-    "collector": {"index", "stats"},
+    "collector": {"index", "plane", "stats"},
     "worker": {"collector", "follow", "index", "pipeline", "plane", "routes", "stats"},
 }
 MAY_IMPORT_VLLM = {"serving"}

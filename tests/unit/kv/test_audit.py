@@ -109,9 +109,10 @@ def test_equality_proves_an_index_that_had_lost_batches() -> None:
     """What was lost did not matter, or was made up for since."""
     rank = Rank()
     rank.index(1)
-    for reason in ("gap", "missed_first", "undecodable", "audit"):
-        rank.source.mark_stale(reason)
-    rank.source.mark_stale("disconnected")
+    trust = rank.source.trust
+    for fact in (trust.lost, trust.missed_first, trust.not_understood, trust.drifted):
+        fact()
+    trust.disconnected()
     assert verdict(auditor(rank, told(1)))["outcome"] == "equal"
     assert rank.source.stale == {"disconnected"}
 
@@ -181,12 +182,12 @@ def test_a_comparison_that_breaks_is_counted_and_not_the_last(
     rank.index(1)
     trouble: list[Exception] = [TimeoutError()] * 3 + [RuntimeError("a bug")] * 3
 
-    def at_rest(call: Any) -> Any:
+    def on_index_thread(call: Any) -> Any:
         if trouble:
             raise trouble.pop(0)
         return call()
 
-    made = Auditor(lambda full: [told(1)], lambda: [rank], at_rest, interval_seconds=0.01)
+    made = Auditor(lambda full: [told(1)], lambda: [rank], on_index_thread, interval_seconds=0.01)
     made.start()
     until(lambda: made.stats()[0].audits["equal"])
     made.close()

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Protocol
 
-from llm_worker.kv.stats import STALE_REASONS, MatchStats, SourceStats
+from llm_worker.kv.index.trust import Trust
+from llm_worker.kv.stats import MatchStats, SourceStats
 from llm_worker.kv.wire import (
     ALL_MEDIA,
     GPU,
@@ -30,6 +31,7 @@ from llm_worker.kv.wire import (
 UNBOUNDED = 1 << 62
 MAX_TIPS = 4096  # of one lane: chains that may go on
 MAX_LANES = 4096  # of one source: media times groups times adapters
+MAX_NAME_CHARACTERS = 512  # of a medium or an adapter: publishers choose them, and labels show them
 SWEEP_LANES = 64  # of one source: those that hold nothing are dropped from here on, now and then
 SNAPSHOT_BLOCKS = 512  # of one event of a snapshot
 
@@ -98,12 +100,16 @@ class Lane:
         return total + sum(map(_allocated, objects.values())) * len(parents) // len(sample)
 
 
-class Sink(Protocol):
+class BlockSink(Protocol):
     """What one publisher's stream writes to: a source, or its part of one (`merge`)."""
 
     worker: str
     rank: int
-    stale: frozenset[str]
+    trust: Trust
+
+    @property
+    def stale(self) -> frozenset[str]:
+        """Why it may not be what the publisher holds (STALE_REASONS)."""
 
     def apply(self, events: Sequence[Event]) -> bool:
         """Bring it up to date with the publisher's events, in their order.
@@ -121,12 +127,6 @@ class Sink(Protocol):
     def has_room(self) -> bool:
         """Return whether what was refused may find room by now."""
 
-    def mark_stale(self, reason: str) -> None:
-        """Say that what is held here may not be what the publisher holds."""
-
-    def trust(self, *reasons: str) -> None:
-        """Take back some reasons to be stale; without any, all."""
-
     def lanes(self) -> list[Lane]:
         """Return what is held now."""
 
@@ -138,7 +138,7 @@ class Source:
         self.worker = worker
         self.rank = rank
         self.stats = SourceStats()
-        self.stale: frozenset[str] = frozenset(("unsynchronised",))
+        self.trust = Trust()
         # Tokens; of the GPU's only group, as the engine says it. None: it was not asked.
         self.block_size: int | None = None
         # What is kept for this source and not in it, in bytes; see `merge`.
@@ -237,22 +237,12 @@ class Source:
         self.stats.cleared_blocks += gone
         self._index.room_blocks += gone
         if medium is None:  # what was refused is gone from the engine as well
-            self.trust("index_full")
+            self.trust.forgot_all()
 
-    def mark_stale(self, reason: str) -> None:
-        """Say that what is held here may not be what the engine holds.
-
-        Raises:
-            ValueError: ``reason`` is none of STALE_REASONS.
-        """
-        if reason not in STALE_REASONS:
-            raise ValueError(f"no reason to be stale: {reason!r}")
-        if reason not in self.stale:
-            self.stale |= {reason}
-
-    def trust(self, *reasons: str) -> None:
-        """Take back some reasons to be stale; without any, all."""
-        self.stale = self.stale.difference(reasons) if reasons else frozenset()
+    @property
+    def stale(self) -> frozenset[str]:
+        """Why what is held here may not be what the engine holds (STALE_REASONS)."""
+        return self.trust.stale
 
     def beside_gpu(self) -> bool:
         """Return whether blocks are held that are not the GPU's."""
@@ -290,7 +280,7 @@ class Source:
         Costs the writer's thread about 50 ms per million blocks.
         """
         frozen = Source(self._index, self.worker, self.rank)
-        frozen.stale = self.stale
+        frozen.trust = self.trust
         frozen._lanes = {key: lane.copy() for key, lane in self._lanes.items()}
         return frozen
 
@@ -359,8 +349,9 @@ class Source:
     def _new_lane(self, event: BlockStored) -> Lane | None:
         if len(self._lanes) >= self._sweep_at:
             self._drop_empty_lanes()
-        if len(self._lanes) >= MAX_LANES:
-            self.mark_stale("index_full")
+        longest = max(len(event.medium), len(event.adapter or ""))
+        if len(self._lanes) >= MAX_LANES or longest > MAX_NAME_CHARACTERS:
+            self.trust.refused()
             return None
         lane = Lane(event)
         self._lanes[event.medium, event.group, event.adapter] = lane
@@ -427,7 +418,7 @@ class Source:
                     lane.sizes[value] = event.block_size
             else:
                 stats.refused_blocks += 1
-                self.mark_stale("index_full")
+                self.trust.refused()
             parent = value
         return new
 

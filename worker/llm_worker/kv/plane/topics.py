@@ -30,7 +30,7 @@ _QUOTED = re.compile(r"_([0-9a-f]{2})")
 T = TypeVar("T")
 
 
-class AtRest(Protocol):
+class OnIndexThread(Protocol):
     """Runs a callable on the thread that writes the index, between two batches."""
 
     def __call__(self, ask: Callable[[], T], /) -> T:
@@ -102,7 +102,7 @@ def from_token(text: str) -> str | None:
 
 
 def freeze(sources: Iterable[Source], sequence: Callable[[str, int], int]) -> list[Frozen]:
-    """The sources as they are; to be called at rest.
+    """The sources as they are; to be called on the index's thread.
 
     ``sequence`` gives the number of the last batch published of a worker's rank.
     """
