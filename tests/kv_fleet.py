@@ -9,7 +9,8 @@ from itertools import count
 from typing import Protocol, TypeVar
 
 from llm_worker.kv.index.index import Index, Source
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash, encode
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
+from llm_worker.kv.wire import encode
 
 T = TypeVar("T")
 BLOCK_SIZE = 16

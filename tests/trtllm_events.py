@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from llm_worker.kv.index.index import Source
-from llm_worker.kv.wire import Hash
+from llm_worker.kv.records import Hash
 
 BLOCK_SIZE = 4
 

@@ -21,7 +21,7 @@ from llm_worker.fleet.nats_reader import NatsSource
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.plane import nats_plane
 from llm_worker.kv.plane.nats_plane import NatsPlane
-from llm_worker.kv.wire import BlockStored, Event, Hash
+from llm_worker.kv.records import BlockStored, Event, Hash
 from nats_process import NatsServer, Proxy
 from worker_process import WorkerProcess, free_ports
 

@@ -21,7 +21,7 @@ from llm_worker.kv.index.index import (
     Index,
     Source,
 )
-from llm_worker.kv.wire import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
+from llm_worker.kv.records import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 
 def stored(*hashes: int | bytes, parent: int | bytes | None = None, **where: object) -> BlockStored:

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from llm_worker.kv.follow.merge import MergedRank
 from llm_worker.kv.index.index import BlockSink, Index
-from llm_worker.kv.wire import (
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    Decoder,
-    Event,
-    encode,
-)
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from llm_worker.kv.wire import Decoder, encode
 
 
 class Taken:

@@ -17,16 +17,8 @@ from itertools import islice, takewhile
 from typing import Protocol
 
 from llm_worker.kv.index.trust import Trust
+from llm_worker.kv.records import ALL_MEDIA, GPU, HASH_MASK, BlockRemoved, BlockStored, Event, Hash
 from llm_worker.kv.stats import MatchStats, SourceStats
-from llm_worker.kv.wire import (
-    ALL_MEDIA,
-    GPU,
-    HASH_MASK,
-    BlockRemoved,
-    BlockStored,
-    Event,
-    Hash,
-)
 
 UNBOUNDED = 1 << 62
 MAX_TIPS = 4096  # of one lane: chains that may go on

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Event, encode
+from llm_worker.kv.records import AllBlocksCleared, BlockStored, Event
+from llm_worker.kv.wire import encode
 
 if TYPE_CHECKING:
     from llm_worker.kv.index.index import Source
