@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.records import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Hash
 from llm_worker.kv.wire import Decoder, encode
 

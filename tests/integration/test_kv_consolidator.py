@@ -17,7 +17,8 @@ import pytest
 
 from llm_worker.kv.follow.consolidator import Consolidator
 from llm_worker.kv.follow.stream import Stream
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.records import Hash
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.wire import Decoder

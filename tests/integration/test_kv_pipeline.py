@@ -12,7 +12,8 @@ import pytest
 import zmq
 
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import BlockSink, Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink, Source
 from llm_worker.kv.index.trust import Trust
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.transport import EventSocket

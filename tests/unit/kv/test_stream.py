@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from llm_worker.kv.follow.listener import connectable
 from llm_worker.kv.follow.recovery import ATTEMPTS
 from llm_worker.kv.follow.stream import Stream
-from llm_worker.kv.index.index import BlockSink, Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink, Source
 from llm_worker.kv.plane.topics import EPOCH_BITS
 from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from llm_worker.kv.stats import ListenerStats

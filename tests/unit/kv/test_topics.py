@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.plane import topics
 from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored
 from llm_worker.kv.wire import Decoder

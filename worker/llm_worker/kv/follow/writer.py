@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from llm_worker.kv.follow.numbering import Numbering
-from llm_worker.kv.index.index import BlockSink
+from llm_worker.kv.index.source import BlockSink
 from llm_worker.kv.records import ALL_MEDIA, AllBlocksCleared, Event
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.wire import Batch, Decoder, WireError, encode

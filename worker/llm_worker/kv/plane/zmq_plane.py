@@ -18,7 +18,7 @@ from llm_worker.kv.records import Event
 from llm_worker.kv.stats import PlaneStats
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import BlockSink, Source
+    from llm_worker.kv.index.source import BlockSink, Source
 
 
 class ZmqPlane:
