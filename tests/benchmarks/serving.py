@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "worker"))
 
 from llm_worker.serving import tiny
-from worker_process import WorkerProcess, free_ports
+from support.worker_process import WorkerProcess, free_ports
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 # Drawn anew for each stream: with one length the streams end, and the next begin, in bunches that

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from e2e.stack import until
-from worker_process import free_ports
+from support.worker_process import free_ports
 
 PORTS = ("PROMETHEUS_PORT", "ALERTMANAGER_PORT", "WORKER_API_PORT", "WORKER_SYSTEM_PORT")
 NEEDED = ("docker-compose.yml", ".env", "prometheus", "alertmanager", "scripts", "worker")

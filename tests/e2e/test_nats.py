@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from e2e.stack import Stack, start, until
-from worker_process import free_ports
+from support.worker_process import free_ports
 
 SERVICES = ("worker-cpu", "kv-index", "nats")
 PORTS = ("WORKER_API_PORT", "WORKER_SYSTEM_PORT", "KV_INDEX_PORT", "NATS_PORT")

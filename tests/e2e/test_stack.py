@@ -15,7 +15,7 @@ import yaml
 
 from dashboards import queries
 from e2e.stack import Stack, start, until
-from worker_process import free_ports
+from support.worker_process import free_ports
 
 # Recording rules that may be empty under the demo's load, and why.
 EMPTY_RULES = {

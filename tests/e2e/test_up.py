@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from e2e.stack import images, until
-from worker_process import free_ports
+from support.worker_process import free_ports
 
 PORTS = ("GRAFANA_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "KV_INDEX_PORT")
 PROJECT = f"llm-worker-up-{os.getpid()}"

@@ -17,7 +17,7 @@ from llm_worker.kv.index.index import Index
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Decoder, encode
 from llm_worker.serving import core_truth as truth
-from waiting import until
+from support.waiting import until
 
 
 class Rank:

@@ -19,7 +19,7 @@ from llm_worker.kv.trtllm.poller import Poller, registry
 from llm_worker.kv.trtllm.translator import Told, Translator
 from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Event
 from llm_worker.metrics import Metrics
-from trtllm_events import (
+from support.trtllm_events import (
     BLOCK_SIZE,
     Engine,
     Truth,

@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 from llm_worker.exposition.exposition import Exposition
 from llm_worker.exposition.negotiation import OPENMETRICS
 from llm_worker.metrics import Metrics
+from support.places import ROOT
 
 # What every script below starts with. `shown` and `values` use prometheus_client's strict parser.
 PRELUDE = """
@@ -71,8 +72,7 @@ def start(script: str, *arguments: str, directory: Path | None = None) -> subpro
     environment = {k: v for k, v in os.environ.items() if k.lower() != "prometheus_multiproc_dir"}
     if directory is not None:
         environment["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
-    root = Path(__file__).resolve().parents[2]
-    environment["PYTHONPATH"] = str(root / "worker")
+    environment["PYTHONPATH"] = str(ROOT / "worker")
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
         env=environment,

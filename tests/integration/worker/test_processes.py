@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from waiting import until
-from worker_process import WorkerProcess, free_ports
+from support.waiting import until
+from support.worker_process import WorkerProcess, free_ports
 
 pytestmark = pytest.mark.needs("vllm")
 

@@ -11,7 +11,6 @@ import httpx
 import pytest
 import zmq
 
-from kv_fleet import Worker, same, until
 from llm_worker.fleet import fleet as fleet_module
 from llm_worker.fleet.__main__ import Service
 from llm_worker.fleet.fleet import Fleet
@@ -22,7 +21,8 @@ from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.wire import AllBlocksCleared, Decoder
 from llm_worker.settings import endpoint
 from llm_worker.settings.fleet import FleetConfig
-from worker_process import free_ports
+from support.kv_fleet import Worker, same, until
+from support.worker_process import free_ports
 
 pytestmark = pytest.mark.timeout(60)
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.transport import EventSocket
 from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.wire import BlockStored, Event, Hash, encode
-from waiting import until
+from support.waiting import until
 
 
 def held(listener: Listener) -> set[Hash]:

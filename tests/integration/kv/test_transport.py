@@ -11,10 +11,10 @@ from itertools import pairwise
 import pytest
 import zmq
 
-import waiting
 from llm_worker.kv.plane.transport import END_SEQUENCE, SNAPSHOT, EventSocket, Message
 from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
+from support import waiting
 
 LOCAL = "tcp://127.0.0.1:0"
 TIMEOUT_MS = 10_000

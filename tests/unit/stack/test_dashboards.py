@@ -23,10 +23,10 @@ import yaml
 from grafanalib._gen import DashboardEncoder
 
 from dashboards import catalog, needs, normalize, overview, panels, promql, queries, units
+from support.places import FIXTURES, ROOT
 
 Json = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 GRAFANA = ROOT / "grafana"
 SCHEMA = json.loads((GRAFANA / "dashboard.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -264,10 +264,9 @@ def test_a_feature_of_the_demo_is_also_recorded() -> None:
 
     The others need an event, or an option that the demo is not started with.
     """
-    fixtures = ROOT / "tests" / "integration" / "fixtures"
     for where, need in needs.NEEDS.items():
         assert need.recorded or not need.demo, where
-        assert need.recorded is None or any((fixtures / need.recorded).glob("*.prom")), where
+        assert need.recorded is None or any((FIXTURES / need.recorded).glob("*.prom")), where
     assert len([where for where, need in needs.NEEDS.items() if not need.demo]) < 10
 
 
@@ -399,8 +398,7 @@ def test_no_query_reads_a_name_that_vllm_no_longer_has() -> None:
 
 def test_every_name_is_on_a_recorded_page() -> None:
     """A misspelt metric is an empty panel; the recordings hold what is really exported."""
-    fixtures = ROOT / "tests" / "integration" / "fixtures"
-    pages = [path.read_text() for path in fixtures.glob("*/*.prom")]
+    pages = [path.read_text() for path in FIXTURES.glob("*/*.prom")]
     samples, families = (
         {match[1] for page in pages for match in re.finditer(pattern, page, re.MULTILINE)}
         for pattern in (r"^([a-zA-Z_:][\w:]*)[{ ]", r"^# TYPE ([a-zA-Z_:][\w:]*) ")
@@ -421,11 +419,10 @@ def test_every_name_is_on_a_recorded_page() -> None:
 
 def test_the_pages_recorded_from_plain_vllm_hold_nothing_of_ours() -> None:
     """What is shown to work without our worker was recorded without it."""
-    fixtures = ROOT / "tests" / "integration" / "fixtures"
     pages = [
         path.read_text()
         for kind in ("vllm", "vllm-features")
-        for path in fixtures.glob(f"{kind}/*")
+        for path in FIXTURES.glob(f"{kind}/*")
     ]
     assert pages
     assert not [page for page in pages if "llm_worker" in page]

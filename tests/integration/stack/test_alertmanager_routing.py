@@ -30,10 +30,10 @@ from typing import Any
 import pytest
 import yaml
 
-import waiting
-from worker_process import free_ports
+from support import waiting
+from support.places import ROOT
+from support.worker_process import free_ports
 
-ROOT = Path(__file__).resolve().parents[2]
 ALERTMANAGER = ROOT / "alertmanager"
 RENDER = ALERTMANAGER / "render"
 WAIT_SECONDS = 45.0

@@ -25,12 +25,11 @@ from typing import Any
 
 import pytest
 
-import waiting
-from worker_process import free_ports
+from support import waiting
+from support.places import FIXTURES, ROOT
+from support.worker_process import free_ports
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "prometheus"
-RECORDED = Path(__file__).parent / "fixtures"
 WAIT_SECONDS = 40.0
 
 pytestmark = pytest.mark.needs("prometheus")
@@ -149,7 +148,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[StandIn]:
-    pages = sorted((RECORDED / "worker").glob("*.prom"))
+    pages = sorted((FIXTURES / "worker").glob("*.prom"))
     assert pages, "nothing recorded from our worker"
     stand_in = StandIn(pages[-1].read_text(encoding="utf-8"))
     yield stand_in
@@ -158,7 +157,7 @@ def worker() -> Iterator[StandIn]:
 
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[StandIn]:
-    stand_in = StandIn((RECORDED / "vllm-features" / "02.prom").read_text(encoding="utf-8"))
+    stand_in = StandIn((FIXTURES / "vllm-features" / "02.prom").read_text(encoding="utf-8"))
     yield stand_in
     stand_in.close()
 

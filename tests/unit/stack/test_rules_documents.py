@@ -23,10 +23,9 @@ from llm_worker import metrics as worker_metrics
 from llm_worker.errors import RUN_ENDINGS
 from llm_worker.kv import collector as kv_metrics
 from llm_worker.kv import stats as kv_stats
+from support.places import FIXTURES, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "prometheus"
-RECORDED = ROOT / "tests" / "integration" / "fixtures"
 RUNBOOKS = "https://github.com/vllm-monitoring/vllm-monitoring/blob/main/prometheus/runbooks"
 HEADINGS = ["Meaning", "Impact", "Diagnosis", "Mitigation"]
 SEVERITIES = {"critical", "warning", "info", "none"}
@@ -38,7 +37,7 @@ SYNTHETIC = {
     "scrape_samples_scraped",
     "scrape_samples_post_metric_relabeling",
 }
-# On Prometheus' and Alertmanager's own pages: see tests/integration/test_prometheus_config.py.
+# On Prometheus' and Alertmanager's own pages: see integration/stack/test_prometheus_config.py.
 PLATFORM = {
     "alertmanager_config_last_reload_successful",
     # prometheus_client's own of the observer process, under a prefix
@@ -141,11 +140,11 @@ def grouping_labels(expr: str) -> set[str]:
 def vllm_samples() -> dict[str, set[str]]:
     """Sample name to label names, over every page recorded from vLLM."""
     found: dict[str, set[str]] = {}
-    for path in sorted(RECORDED.glob("vllm*/*.prom")):
+    for path in sorted(FIXTURES.glob("vllm*/*.prom")):
         for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
             for sample in family.samples:
                 found.setdefault(sample.name, set()).update(sample.labels)
-    assert "vllm:num_requests_running" in found, f"nothing recorded under {RECORDED}"
+    assert "vllm:num_requests_running" in found, f"nothing recorded under {FIXTURES}"
     return found
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-import waiting
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.wire import Hash
 from llm_worker.serving.tiny import CONFIG
-from worker_process import WorkerProcess, free_ports
+from support import waiting
+from support.worker_process import WorkerProcess, free_ports
 
 pytestmark = pytest.mark.needs("vllm")
 

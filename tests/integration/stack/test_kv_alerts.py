@@ -28,7 +28,6 @@ import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 
-import waiting
 from llm_worker.exposition.exposition import Exposition
 from llm_worker.kv.collector import KvCollector
 from llm_worker.kv.follow.stream import CAPACITY_BATCHES
@@ -42,11 +41,11 @@ from llm_worker.kv.plane.zmq_plane import ZmqPlane
 from llm_worker.kv.stats import AuditStats
 from llm_worker.kv.wire import AllBlocksCleared, BlockStored, encode
 from llm_worker.metrics import Metrics
-from worker_process import free_ports
+from support import waiting
+from support.places import FIXTURES, ROOT
+from support.worker_process import free_ports
 
-ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "prometheus" / "rules"
-FIXTURES = Path(__file__).parent / "fixtures"
 ANY_PORT = "tcp://127.0.0.1:*"
 BEAT_SECONDS = 0.1
 WAIT_SECONDS = 45.0

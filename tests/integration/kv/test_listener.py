@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import zmq
 
-import waiting
-from kv_publisher import ListenerProcess, Publisher, ending
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.wire import MAX_PAYLOAD_BYTES, BlockStored, Hash, encode
+from support import waiting
+from support.kv_publisher import ListenerProcess, Publisher, ending
 
 pytestmark = pytest.mark.needs("vllm")
 

@@ -14,7 +14,7 @@ from llm_worker.kv.routes import reading
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.worker import EventSource, WorkerKv
 from llm_worker.settings.endpoint import Endpoint
-from waiting import until
+from support.waiting import until
 
 LOCAL = "tcp://127.0.0.1:0"
 SIZE = 16

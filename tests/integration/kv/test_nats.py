@@ -15,15 +15,15 @@ import httpx
 import nats.js.errors
 import pytest
 
-from kv_fleet import BLOCK_SIZE, Worker, same, until
 from llm_worker.fleet import nats_reader as nats_source
 from llm_worker.fleet.nats_reader import NatsSource
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.plane import nats_plane
 from llm_worker.kv.plane.nats_plane import NatsPlane
 from llm_worker.kv.wire import BlockStored, Event, Hash
-from nats_process import NatsServer, Proxy
-from worker_process import WorkerProcess, free_ports
+from support.kv_fleet import BLOCK_SIZE, Worker, same, until
+from support.nats_process import NatsServer, Proxy
+from support.worker_process import WorkerProcess, free_ports
 
 pytestmark = [pytest.mark.needs("nats"), pytest.mark.timeout(90)]
 T = TypeVar("T")

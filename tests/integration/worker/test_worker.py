@@ -18,8 +18,8 @@ import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
-from waiting import until
-from worker_process import WorkerProcess, free_ports
+from support.waiting import until
+from support.worker_process import WorkerProcess, free_ports
 
 pytestmark = pytest.mark.needs("vllm")
 

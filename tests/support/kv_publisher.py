@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from worker_process import free_ports
+from support.worker_process import free_ports
 
 # Imports vLLM once, for all processes that it forks.
 _context = multiprocessing.get_context("forkserver")

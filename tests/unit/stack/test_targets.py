@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.places import ROOT
+
 COMMAND = ROOT / "scripts" / "targets"
 PROMETHEUS = ROOT / "prometheus"
 

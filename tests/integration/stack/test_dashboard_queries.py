@@ -28,9 +28,9 @@ import pytest
 
 from dashboards import catalog, needs, normalize, queries
 from dashboards.queries import PanelQuery
-from worker_process import free_ports
+from support.places import FIXTURES
+from support.worker_process import free_ports
 
-FIXTURES = Path(__file__).parent / "fixtures"
 # Fixture directories, and their jobs here.
 KINDS = ("vllm", "vllm-features", "worker", "worker-kv", "kv-index")
 TARGETS_PER_KIND = 2

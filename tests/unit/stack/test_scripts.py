@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 from loadgen.traffic import CRUNCH, CRUNCH_EVERY_CYCLES, bench_arguments, phases
+from support.places import ROOT
 
 ALL_PHASES = (*phases(0), *phases(1))
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 BAT = ROOT / "start-monitoring.bat"
 COMMANDS = ("up", "down", "test", "check")

@@ -17,7 +17,16 @@ from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.trtllm.poller import BATCH_EVENTS, Poller
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.trtllm.translator import Translator
-from trtllm_events import BLOCK_SIZE, Engine, Truth, block, contents, created, removed, stored
+from support.trtllm_events import (
+    BLOCK_SIZE,
+    Engine,
+    Truth,
+    block,
+    contents,
+    created,
+    removed,
+    stored,
+)
 
 LOCAL = "tcp://127.0.0.1:0"
 
