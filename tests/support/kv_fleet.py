@@ -87,15 +87,3 @@ def same(worker: Worker, fleet: Index) -> bool:
 def copies(source: Source) -> dict[Hash, int]:
     """Blocks held more than once, and how often beyond the first."""
     return {value: n for lane in source.lanes() for value, n in lane.copies.items()}
-
-
-def until(what: str, ask: Callable[[], object], timeout_seconds: float = 20.0) -> None:
-    """Wait for a true answer.
-
-    Raises:
-        AssertionError: there was none in time.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    while not ask():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_seconds} s"
-        time.sleep(0.02)

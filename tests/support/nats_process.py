@@ -13,10 +13,9 @@ import socket
 import subprocess
 import sysconfig
 import threading
-import time
 from pathlib import Path
 
-START_SECONDS = 10.0
+from support.waiting import until
 
 
 def find() -> str | None:
@@ -49,15 +48,12 @@ class NatsServer:
         """Start it and wait until it greets."""
         program = find()
         assert program is not None
-        with (self._directory / "log").open("ab") as log:
+        log_path = self._directory / "log"
+        with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [program, "-c", str(self._config)], stdout=log, stderr=log
             )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._greets():
-            assert self._process.poll() is None, (self._directory / "log").read_text()
-            assert time.monotonic() < deadline, "nats-server does not answer"
-            time.sleep(0.02)
+        until("nats-server's greeting", self._greets, process=self._process, log=log_path)
 
     def forget(self) -> None:
         """Delete what it stored."""

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+from support.waiting import until
 
 START_SECONDS = 240.0  # a busy two-core machine; 20 on an idle one
 SEGMENT = re.compile(r"/dev/shm/(psm_[0-9a-f]+)")
@@ -89,20 +91,14 @@ class WorkerProcess:
 
     def wait_until_listening(self, seconds: float = 60.0) -> None:
         """Until the system server answers."""
-        self._wait(lambda: self.health() is not None, seconds, "the system server to answer")
+        self._until("the system server to answer", lambda: self.health() is not None, seconds)
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         """Until ``/ready`` says yes."""
-        self._wait(lambda: bool((self.health() or {}).get("ready")), seconds, "/ready")
+        self._until("/ready", lambda: bool((self.health() or {}).get("ready")), seconds)
 
-    def _wait(self, condition: Any, seconds: float, what: str) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if self.process.poll() is not None:
-                raise AssertionError(f"exited {self.process.returncode}:\n{self.log()[-4000:]}")
-            if time.monotonic() > deadline:
-                raise AssertionError(f"no {what} within {seconds} s:\n{self.log()[-4000:]}")
-            time.sleep(0.1)
+    def _until(self, what: str, ask: Callable[[], bool], seconds: float) -> None:
+        until(what, ask, seconds, process=self.process, log=self.log_path)
 
     def samples(self) -> dict[str, float]:
         """``/metrics`` as it is now, by ``name{label="value",...}``, labels sorted.

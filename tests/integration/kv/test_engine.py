@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import threading
@@ -20,7 +19,7 @@ from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.wire import Hash
 from llm_worker.serving.tiny import CONFIG
-from support import waiting
+from support.waiting import until
 from support.worker_process import WorkerProcess, free_ports
 
 pytestmark = pytest.mark.needs("vllm")
@@ -33,9 +32,6 @@ def held(listener: Listener) -> set[Hash]:
     """The hashes that the index has of this rank."""
     assert isinstance(listener.source, Source)
     return listener.source.hashes()
-
-
-until = functools.partial(waiting.until, seconds=30.0)
 
 
 def make_adapter(directory: Path) -> Path:
@@ -158,7 +154,7 @@ def test_under_eviction_with_adapter_salt_and_aborts_the_index_is_what_the_engin
         found.update(audit(worker))
         return bool(found["outcome"] != "busy")
 
-    until(quiet)
+    until("no more events", quiet)
     assert found["outcome"] == "equal", found
     assert found["engine_blocks"] == found["index_blocks"] > 50
     entry = source(worker)
@@ -182,7 +178,7 @@ def test_a_prompt_is_hashed_as_the_engine_hashes_it(worker: WorkerProcess) -> No
     worker.complete(prompt=prompt, cache_salt="mine", **asked)
     worker.complete(prompt=prompt, model="adapter", **asked)
     worker.complete(prompt=text, **asked)
-    until(lambda: matched(worker, prompt=text) > 0)
+    until("a prefix of the prompt in the index", lambda: matched(worker, prompt=text) > 0)
     assert matched(worker, token_ids=prompt) == 10
     assert matched(worker, token_ids=prompt, cache_salt="mine") == 10
     assert matched(worker, token_ids=prompt, adapter="adapter") == 10
@@ -200,14 +196,14 @@ def test_a_reset_of_an_idle_engine_empties_the_index_at_once(
 ) -> None:
     """vLLM itself says so with the next step only, which an idle engine does not take."""
     worker.complete(prompt=tokens(random.Random(9), 200), max_tokens=1)
-    until(lambda: status(worker)["held_blocks"] >= 6)
+    until("the prompt's blocks in the index", lambda: status(worker)["held_blocks"] >= 6)
     httpx.post(worker.api + route, timeout=30).raise_for_status()
-    until(lambda: status(worker)["held_blocks"] == 0, seconds=10)
+    until("an empty index", lambda: status(worker)["held_blocks"] == 0, 10)
     assert audit(worker)["outcome"] == "equal"
     if "sleep" in route:
         httpx.post(f"{worker.api}/wake_up", timeout=30).raise_for_status()
     worker.complete(prompt=tokens(random.Random(10), 200), max_tokens=1)
-    until(lambda: status(worker)["held_blocks"] >= 6)
+    until("the prompt's blocks in the index", lambda: status(worker)["held_blocks"] >= 6)
     assert audit(worker)["outcome"] == "equal"
 
 
@@ -229,7 +225,7 @@ def test_events_that_do_not_tell_the_truth_are_found_by_the_audit(worker: Worker
     assert found["missing_blocks"] == 0
     assert source(worker)["stale"] == ["audit"]
     httpx.post(f"{worker.api}/reset_prefix_cache", timeout=30).raise_for_status()
-    until(lambda: source(worker)["ok"])
+    until("the index to be trusted", lambda: source(worker)["ok"])
     assert audit(worker)["outcome"] == "equal"
 
 
@@ -256,11 +252,14 @@ def test_what_was_indexed_goes_out_on_the_plane(worker: WorkerProcess) -> None:
             topic="kv@one@0",
             epochs=True,
         )
-        until(lambda: not listener.source.stale)
+        until("the index to be trusted", lambda: not listener.source.stale)
         worker.complete(prompt=tokens(random.Random(11), 500), max_tokens=1)
-        until(lambda: held(listener) == dumped(worker) and held(listener))
+        until(
+            "the listener and the worker to hold the same blocks",
+            lambda: held(listener) == dumped(worker) and held(listener),
+        )
         httpx.post(f"{worker.api}/reset_prefix_cache", timeout=30)
-        until(lambda: not held(listener))
+        until("the index to hold nothing", lambda: not held(listener))
         assert listener.stats.batches_lost == 0
     finally:
         pipeline.close()

@@ -5,7 +5,6 @@ After each the index is the publisher's truth or marked stale, and the counters 
 
 from __future__ import annotations
 
-import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.wire import MAX_PAYLOAD_BYTES, BlockStored, Hash, encode
-from support import waiting
 from support.kv_publisher import ListenerProcess, Publisher, ending
+from support.waiting import until
 
 pytestmark = pytest.mark.needs("vllm")
 
@@ -30,9 +29,6 @@ def held(listener: Listener) -> set[Hash]:
     """The hashes that the index has of this rank."""
     assert isinstance(listener.source, Source)
     return listener.source.hashes()
-
-
-until = functools.partial(waiting.until, seconds=30.0)
 
 
 @pytest.fixture
@@ -75,7 +71,7 @@ def test_a_listener_that_starts_late_has_everything(publisher: Start, pipeline: 
     listener = listen(pipeline, one)
     assert listener.source.stale == {"unsynchronised"}
     one.store(5000, 10)
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
     assert listener.stats.batches_replayed + listener.stats.batches_late >= 5000
     assert listener.stats.batches_lost == 0
     assert listener.stats.sequence == 5009
@@ -85,7 +81,7 @@ def test_an_idle_publisher_is_known_as_such(publisher: Start, pipeline: Pipeline
     """It never sends a word by itself."""
     one = publisher()
     listener = listen(pipeline, one)
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
     assert listener.stats.connected
     assert listener.stats.sequence is None
 
@@ -99,16 +95,16 @@ def test_a_listener_that_is_there_first_connects_when_the_publisher_comes(
     listener = listen(pipeline, one)
     one.restart()
     one.store(0, 3)
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
     one.kill()
-    until(lambda: "disconnected" in listener.source.stale)
+    until("the index to be marked as disconnected", lambda: "disconnected" in listener.source.stale)
     assert not listener.stats.connected
     one.restart()
     one.store(100, 10)  # further than the one before it
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
     one.restart()
     one.store(200, 1)
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
     assert listener.stats.gaps["restart"] == 2
     assert listener.stats.reconnects == 2
     assert listener.stats.batches_lost == 0
@@ -123,14 +119,17 @@ def test_a_listener_that_is_stopped_until_the_high_water_mark_overflows(
     ear = ListenerProcess(one)
     with ending(ear):
         one.store(0, 5)
-        until(lambda: ear.ask()[0].sequence == 4)
+        until("batch 4", lambda: ear.ask()[0].sequence == 4)
         ear.signal(signal.SIGSTOP)
         # 128 MB: more than the queue of 100 and the kernel's buffers take
         one.store(100, 1000, tokens=128_000)
         ear.signal(signal.SIGCONT)
-        until(lambda: ear.ask()[0].sequence is not None and ear.ask()[0].queue_batches == 0)
+        until(
+            "the queue to be empty",
+            lambda: ear.ask()[0].sequence is not None and ear.ask()[0].queue_batches == 0,
+        )
         one.publish([("store", [5000])])
-        until(lambda: ear.ask()[0].sequence == 1005)
+        until("batch 1005", lambda: ear.ask()[0].sequence == 1005)
         stats, stale, hashes = ear.ask()
     assert stats.gaps["gap"] + stats.gaps["restart"] + stats.reconnects >= 1
     if remembered == 20:
@@ -151,11 +150,11 @@ def test_a_publisher_whose_memory_is_too_short_for_a_late_listener_marks_it(
     one = publisher(buffer_steps=50)
     one.store(0, 200)
     listener = listen(pipeline, one)
-    until(lambda: listener.stats.sequence == 199)
+    until("batch 199", lambda: listener.stats.sequence == 199)
     assert listener.source.stale == {"missed_first"}
     assert listener.stats.batches_lost == 150
     one.publish([("clear", [])], [("store", [7])])
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -167,17 +166,17 @@ def test_without_a_replay_endpoint_a_late_listener_is_marked_and_goes_on(
     one.store(0, 3)
     replay_endpoint = one.replay_endpoint if given else None
     listener = pipeline.listen(one.endpoint, replay_endpoint, worker="w", rank=0)
-    until(lambda: listener.stats.connected)
+    until("the listener to connect", lambda: listener.stats.connected)
 
     def publish() -> bool:
         one.publish([("store", [1000 + len(one.blocks)])])
         time.sleep(0.1)
         return listener.stats.sequence is not None
 
-    until(publish)
+    until("a publisher that is heard", publish)
     assert listener.source.stale == {"missed_first"}
     one.publish([("clear", [])], [("store", [7])])
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
     if given:
         assert listener.stats.replays["unavailable"] >= 1
 
@@ -188,14 +187,16 @@ def test_one_rank_of_two_dies_and_comes_back(publisher: Start, pipeline: Pipelin
     listeners = [listen(pipeline, one, rank) for rank, one in enumerate(ranks)]
     for number, one in enumerate(ranks):
         one.store(100 * number, 5)
-    until(lambda: all(map(is_true, listeners, ranks)))
+    until("both ranks' indexes to be true", lambda: all(map(is_true, listeners, ranks)))
     ranks[1].kill()
-    until(lambda: listeners[1].source.stale == {"disconnected"})
+    until(
+        "the killed rank alone to be marked", lambda: listeners[1].source.stale == {"disconnected"}
+    )
     ranks[0].store(50, 5)
-    until(lambda: is_true(listeners[0], ranks[0]))
+    until("the first rank's index to go on", lambda: is_true(listeners[0], ranks[0]))
     ranks[1].restart()
     ranks[1].store(300, 2)
-    until(lambda: all(map(is_true, listeners, ranks)))
+    until("both ranks' indexes to be true", lambda: all(map(is_true, listeners, ranks)))
     assert listeners[0].stats.reconnects == 0
     assert listeners[1].stats.gaps["restart"] == 1
 
@@ -205,11 +206,11 @@ def test_a_clear_of_ours_empties_the_index_at_once(publisher: Start, pipeline: P
     one = publisher()
     listener = listen(pipeline, one)
     one.store(0, 5)
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
     pipeline.clear("w", 0)
     assert held(listener) == set()
     one.publish([("clear", []), ("store", [9])])
-    until(lambda: is_true(listener, one))
+    until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
 
 
 class Hostile:
@@ -260,10 +261,10 @@ def test_a_payload_that_is_none_costs_itself_only(name: str, pipeline: Pipeline)
         listener = pipeline.listen(hostile.endpoint, None, worker="w", rank=0)
         hostile.wait_for_a_subscriber()
         hostile.valid(1)
-        until(lambda: listener.stats.sequence == 0)
+        until("batch 0", lambda: listener.stats.sequence == 0)
         hostile.batch(payload)
         hostile.valid(2)
-        until(lambda: listener.stats.sequence == 2)
+        until("batch 2", lambda: listener.stats.sequence == 2)
         assert held(listener) == {1, 2}
         assert listener.source.stale == {"undecodable"}
         assert sum(listener.stats.undecodable.values()) == 1
@@ -287,13 +288,13 @@ def test_messages_that_are_no_three_frames_are_counted_and_do_not_shift_the_othe
             hostile.send(b"", (1000).to_bytes(8, "big"))
             hostile.send(b"", b"\0\0\0", b"payload")
             hostile.send(b"", (1001).to_bytes(8, "big"), b"payload", b"more")
-        until(lambda: listener.stats.undecodable["frames"] >= 60)
+        until("60 undecodable batches", lambda: listener.stats.undecodable["frames"] >= 60)
         hostile.batch(
             b"\x92\xcb\x40\x59\x00\x00\x00\x00\x00\x00\x91\x81\xa4type\xb0AllBlocksCleared"
         )
         hostile.valid(500)
-        until(lambda: held(listener) == {500})
-        until(lambda: not listener.source.stale)
+        until("the index to hold {500}", lambda: held(listener) == {500})
+        until("the index to be trusted", lambda: not listener.source.stale)
         # None of them was taken for a batch: the numbers are the publisher's.
         assert listener.stats.sequence == 21
     finally:

@@ -80,13 +80,19 @@ def rank() -> Iterator[Rank]:
 
 def test_the_index_has_what_either_holds_and_each_is_accounted_for(rank: Rank) -> None:
     """Stored by the first, gone with the last; counted under each one's own name."""
-    until(lambda: not rank.source.stale)
+    until("the index to be trusted", lambda: not rank.source.stale)
     store(rank.engine, 1, 2)
     store(rank.connector, 2, 3)
     store(rank.connector, 1, medium="CPU")
-    until(lambda: rank.source.blocks() == {"gpu": 3, "cpu": 1})
+    until(
+        "blocks by medium to be {'gpu': 3, 'cpu': 1}",
+        lambda: rank.source.blocks() == {"gpu": 3, "cpu": 1},
+    )
     rank.engine.publish_removed(None, [1, 2])
-    until(lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1})
+    until(
+        "blocks by medium to be {'gpu': 2, 'cpu': 1}",
+        lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1},
+    )
     assert rank.source.hashes() == {1, 2, 3}
     page = {
         (sample.name, sample.labels.get("worker"), sample.labels.get("reason")): sample.value
@@ -104,10 +110,13 @@ def test_the_index_has_what_either_holds_and_each_is_accounted_for(rank: Rank) -
 
 def test_a_reset_of_the_engine_leaves_what_the_connector_keeps(rank: Rank) -> None:
     """Made true at once, before any event of the engine's."""
-    until(lambda: not rank.source.stale)
+    until("the index to be trusted", lambda: not rank.source.stale)
     store(rank.engine, 1, 2)
     store(rank.connector, 1, medium="CPU")
-    until(lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1})
+    until(
+        "blocks by medium to be {'gpu': 2, 'cpu': 1}",
+        lambda: rank.source.blocks() == {"gpu": 2, "cpu": 1},
+    )
     rank.kv.pipeline.clear("w", 0)
     assert rank.source.blocks().get("gpu", 0) == 0
     assert rank.source.blocks()["cpu"] == 1
@@ -115,10 +124,13 @@ def test_a_reset_of_the_engine_leaves_what_the_connector_keeps(rank: Rank) -> No
 
 def test_a_connector_that_goes_away_makes_the_rank_doubtful(rank: Rank) -> None:
     """Its blocks may be gone with it; the engine's are still followed."""
-    until(lambda: not rank.source.stale)
+    until("the index to be trusted", lambda: not rank.source.stale)
     store(rank.connector, 7, medium="CPU")
-    until(lambda: rank.source.blocks() == {"cpu": 1})
+    until("blocks by medium to be {'cpu': 1}", lambda: rank.source.blocks() == {"cpu": 1})
     rank.connector.shutdown()
-    until(lambda: "disconnected" in rank.source.stale)
+    until("the index to be marked as disconnected", lambda: "disconnected" in rank.source.stale)
     store(rank.engine, 8)
-    until(lambda: rank.source.blocks() == {"gpu": 1, "cpu": 1})
+    until(
+        "blocks by medium to be {'gpu': 1, 'cpu': 1}",
+        lambda: rank.source.blocks() == {"gpu": 1, "cpu": 1},
+    )

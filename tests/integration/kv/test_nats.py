@@ -21,8 +21,9 @@ from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.plane import nats_plane
 from llm_worker.kv.plane.nats_plane import NatsPlane
 from llm_worker.kv.wire import BlockStored, Event, Hash
-from support.kv_fleet import BLOCK_SIZE, Worker, same, until
+from support.kv_fleet import BLOCK_SIZE, Worker, same
 from support.nats_process import NatsServer, Proxy
+from support.waiting import until
 from support.worker_process import WorkerProcess, free_ports
 
 pytestmark = [pytest.mark.needs("nats"), pytest.mark.timeout(90)]

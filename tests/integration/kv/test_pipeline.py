@@ -82,12 +82,15 @@ def test_a_thread_that_breaks_is_started_again_and_misses_nothing(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: held(listener) == {1})
+    until("the index to hold {1}", lambda: held(listener) == {1})
     break_once(monkeypatch, Pipeline, "_patience_ms")
     publish(socket, 2)
-    until(lambda: pipeline.crashes == 1)
+    until("the crash", lambda: pipeline.crashes == 1)
     publish(socket, 3)
-    until(lambda: held(listener) == {1, 2, 3} and not listener.source.stale)
+    until(
+        "the index to hold {1, 2, 3}, trusted",
+        lambda: held(listener) == {1, 2, 3} and not listener.source.stale,
+    )
     assert pipeline.alive
     assert listener.stats.batches_lost == 0
 
@@ -99,10 +102,13 @@ def test_a_listener_that_breaks_reconnects_and_goes_on(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: held(listener) == {1})
+    until("the index to hold {1}", lambda: held(listener) == {1})
     break_once(monkeypatch, Listener, "_receive")
     publish(socket, 2)
-    until(lambda: held(listener) == {1, 2} and not listener.source.stale)
+    until(
+        "the index to hold {1, 2}, trusted",
+        lambda: held(listener) == {1, 2} and not listener.source.stale,
+    )
     assert listener.stats.crashes == 1
     assert pipeline.crashes == 0
 
@@ -156,7 +162,7 @@ def test_a_call_that_was_given_up_is_not_made_later(
     assert not made
     publish(socket, 1)
     publish(socket, 2)
-    until(lambda: held(listener) == {1, 2})
+    until("the index to hold {1, 2}", lambda: held(listener) == {1, 2})
     (lane,) = listener.source.lanes()
     assert not lane.copies
 
@@ -203,7 +209,7 @@ def test_a_clear_goes_to_the_outlets_like_any_event(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: held(listener) == {1})
+    until("the index to hold {1}", lambda: held(listener) == {1})
     pipeline.clear("w", 0)
     assert not held(listener)
     assert [type(events[0]).__name__ for events in outlet.got] == [
@@ -220,7 +226,7 @@ def test_it_stops_listeners_first_and_outlets_last_and_only_once(
     pipeline.add_outlet(outlet)
     pipeline.start()
     listener = listen(pipeline, socket)
-    until(lambda: listener.stats.connected)
+    until("the listener to connect", lambda: listener.stats.connected)
     pipeline.close()
     pipeline.close()
     assert not pipeline.alive
@@ -234,7 +240,7 @@ def test_a_listener_can_be_closed_while_its_publisher_goes(pipeline: Pipeline) -
     for _ in range(100):
         socket = EventSocket("tcp://127.0.0.1:0", None)
         listener = pipeline.listen(socket.endpoint, None, worker="w", rank=0)
-        until(lambda listener=listener: listener.stats.connected)  # type: ignore[misc]
+        until("the listener to connect", lambda listener=listener: listener.stats.connected)  # type: ignore[misc]
         going = threading.Thread(target=socket.close)
         going.start()
         pipeline.forget(listener)
@@ -249,7 +255,7 @@ def test_a_listener_that_is_forgotten_hears_nothing_more(
     pipeline.start()
     listener = listen(pipeline, socket)
     publish(socket, 1)
-    until(lambda: held(listener) == {1})
+    until("the index to hold {1}", lambda: held(listener) == {1})
     pipeline.forget(listener)
     publish(socket, 2)
     time.sleep(0.1)

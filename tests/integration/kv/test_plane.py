@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,7 +20,8 @@ from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.wire import AllBlocksCleared, Decoder
 from llm_worker.settings import endpoint
 from llm_worker.settings.fleet import FleetConfig
-from support.kv_fleet import Worker, same, until
+from support.kv_fleet import Worker, same
+from support.waiting import until
 from support.worker_process import free_ports
 
 pytestmark = pytest.mark.timeout(60)
@@ -38,14 +38,16 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bound(make: Callable[[], T]) -> T:
     """Make it once its ports are free: libzmq lets go of a closed socket's a moment later."""
-    deadline = time.monotonic() + 10
-    while True:
+
+    def attempt() -> T | None:
         try:
             return make()
         except zmq.ZMQError as error:
-            if error.errno != zmq.EADDRINUSE or time.monotonic() > deadline:
+            if error.errno != zmq.EADDRINUSE:
                 raise
-        time.sleep(0.05)
+        return None
+
+    return until("the ports to be free", attempt)
 
 
 def plane(

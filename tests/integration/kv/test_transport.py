@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import zmq
 from llm_worker.kv.plane.transport import END_SEQUENCE, SNAPSHOT, EventSocket, Message
 from llm_worker.kv.stats import PlaneStats
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
-from support import waiting
+from support.waiting import until
 
 LOCAL = "tcp://127.0.0.1:0"
 TIMEOUT_MS = 10_000
@@ -61,9 +60,6 @@ def answer(dealer: Socket) -> list[tuple[bytes, int, bytes]]:
         found.append((topic, int.from_bytes(sequence, "big"), payload))
 
 
-eventually = functools.partial(waiting.until, seconds=TIMEOUT_MS / 1000)
-
-
 def subscribe(connect: Callable[..., Socket], events: EventSocket, **more: int) -> Socket:
     """A subscriber that is known to the publisher; what it was sent to find out is read."""
     sub = connect(zmq.SUB, events.endpoint, **more)
@@ -76,7 +72,7 @@ def subscribe(connect: Callable[..., Socket], events: EventSocket, **more: int) 
         except zmq.Again:
             return False
 
-    eventually(heard)
+    until("the first event", heard)
     sub.setsockopt(zmq.RCVTIMEO, TIMEOUT_MS)
     return sub
 
@@ -93,7 +89,7 @@ def test_replay_is_answered_by_vllms_protocol(
         assert answer(dealer) == [(b"kv", 3, b"3"), (b"kv", 4, b"4")]
         ask(dealer, 5)
         assert answer(dealer) == []
-        eventually(lambda: events.stats.replays_served == 2)
+        until("two replays", lambda: events.stats.replays_served == 2)
 
 
 def test_what_aged_out_is_not_replayed(
@@ -130,7 +126,7 @@ def test_a_long_answer_waits_for_a_client_that_reads_slowly(
             events.publish(payload)
         slow = connect(zmq.DEALER, events.replay_endpoint, high_water_mark=5)
         ask(slow, 0)
-        eventually(lambda: slow.poll(100))
+        until("an answer", lambda: slow.poll(100))
         time.sleep(0.3)
         other = connect(zmq.DEALER, events.replay_endpoint)
         ask(other, 5990)
@@ -181,7 +177,10 @@ def test_what_is_no_request_is_refused_and_counted(
     with EventSocket(LOCAL, LOCAL, context=context) as events:
         dealer = connect(zmq.DEALER, events.replay_endpoint)
         dealer.send_multipart(frames)
-        eventually(lambda: events.stats.requests_refused == {"malformed": 1})
+        until(
+            "refusals to be {'malformed': 1}",
+            lambda: events.stats.requests_refused == {"malformed": 1},
+        )
         ask(dealer, 0)
         assert answer(dealer) == []
 
@@ -196,7 +195,10 @@ def test_too_many_requests_of_one_client_are_refused(
         dealer = connect(zmq.DEALER, events.replay_endpoint, high_water_mark=5)
         for _ in range(20):
             ask(dealer, 0)
-        eventually(lambda: events.stats.requests_refused == {"too_many": 12})
+        until(
+            "refusals to be {'too_many': 12}",
+            lambda: events.stats.requests_refused == {"too_many": 12},
+        )
 
 
 def test_a_snapshot_is_given_as_it_is_read_and_a_broken_one_has_no_end(
@@ -220,7 +222,7 @@ def test_a_snapshot_is_given_as_it_is_read_and_a_broken_one_has_no_end(
         broken = False
         ask(dealer, SNAPSHOT, b"kv")
         assert answer(dealer) == [(b"kv", 41, b"clear"), (b"kv", 41, b"blocks")]
-        eventually(lambda: events.stats.snapshots_served == 1)
+        until("the snapshot", lambda: events.stats.snapshots_served == 1)
 
 
 def test_a_subscriber_that_is_full_is_counted_and_costs_nobody_else(
@@ -249,7 +251,7 @@ def test_a_subscriber_that_is_full_is_counted_and_costs_nobody_else(
         for number in range(5000):
             events.publish(b"." * 5000, b"kv")
             if number % 50 == 0:
-                eventually(lambda number=number: len(got) >= number - 50)  # type: ignore[misc]
+                until("the subscriber to keep up", lambda number=number: len(got) >= number - 50)  # type: ignore[misc]
         events.publish(b"", b"end")
         thread.join(10)
         assert got == list(range(5000))
@@ -309,7 +311,7 @@ def test_closing_ends_the_thread_and_holds_up_nobody(connect: Callable[..., Sock
     for _ in range(5000):
         events.publish(b"." * 5000)
     ask(dealer, 0)
-    eventually(lambda: dealer.poll(100))
+    until("an answer", lambda: dealer.poll(100))
     threads = {thread.name for thread in threading.enumerate()}
     assert "kv-replay" in threads
     started = time.monotonic()
@@ -330,7 +332,7 @@ def test_a_context_that_is_gone_is_counted_not_raised(connect: Callable[..., Soc
         events.publish(b"x")
         return events.stats.dropped["failed"] > 0
 
-    eventually(refused)
+    until("the refusal", refused)
     assert not events.stats.up
     events.close()
 

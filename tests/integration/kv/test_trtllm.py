@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import pytest
 import zmq
@@ -27,6 +25,7 @@ from support.trtllm_events import (
     removed,
     stored,
 )
+from support.waiting import until_async
 
 LOCAL = "tcp://127.0.0.1:0"
 
@@ -80,7 +79,7 @@ class Worker:
 async def running(worker: Worker) -> AsyncIterator[None]:
     task = asyncio.create_task(worker.poller.run())
     try:
-        await eventually(lambda: 1 in worker.publishers)
+        await until_async("the second rank", lambda: 1 in worker.publishers)
         yield
     finally:
         task.cancel()
@@ -96,13 +95,6 @@ def worker() -> Iterator[Worker]:
     made.context.destroy(linger=0)
 
 
-async def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "in vain"
-        await asyncio.sleep(0.005)
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_index_holds_what_the_engine_holds(worker: Worker, seed: int) -> None:
     """After thousands of events of two ranks: by medium and adapter, with parents; not stale."""
@@ -116,7 +108,7 @@ def test_the_index_holds_what_the_engine_holds(worker: Worker, seed: int) -> Non
                 for _ in range(50):
                     worker.engine.happen(truth.step())
                 await asyncio.sleep(0.001)
-            await eventually(worker.settled)
+            await until_async("the index to be as the engine, trusted", worker.settled)
             for rank, source in enumerate(sources):
                 assert contents(source) == truth.expected(rank)
                 assert source.stale == frozenset()
@@ -137,9 +129,9 @@ def test_a_burst_is_split_into_messages_of_a_bounded_size(worker: Worker) -> Non
         async with running(worker):
             count = 5 * BATCH_EVENTS
             worker.engine.happen([created(), *(stored(n, block(n)) for n in range(1, count))])
-            await eventually(lambda: not worker.engine.events)
+            await until_async("the engine's events to be fetched", lambda: not worker.engine.events)
             source = worker.listen()
-            await eventually(worker.settled)
+            await until_async("the index to be as the engine, trusted", worker.settled)
             assert source.blocks() == {"gpu": count - 1}
             assert source.stale == frozenset()
             assert worker.publishers[0].stats.published_batches == 5
@@ -160,21 +152,21 @@ def test_lost_events_leave_the_index_empty_and_stale_until_the_engine_starts_aga
         async with running(worker):
             source = worker.listen()
             worker.engine.happen([created(), stored(1, block(1), block(2))])
-            await eventually(worker.settled)
-            await eventually(lambda: not source.stale)
+            await until_async("the index to be as the engine, trusted", worker.settled)
+            await until_async("the index to be trusted", lambda: not source.stale)
             worker.engine.happen([stored(7, block(8))])  # 2 to 6 are gone
-            await eventually(lambda: "gap" in source.stale)
-            await eventually(worker.settled)
+            await until_async("the index to be marked as gap", lambda: "gap" in source.stale)
+            await until_async("the index to be as the engine, trusted", worker.settled)
             assert source.hashes() == {8}
             assert worker.poller.translator.stats.missed_events == 5
             worker.engine.happen([removed(8, 1), removed(9, 8)])
-            await eventually(lambda: source.hashes() == set())
+            await until_async("the index to hold nothing", lambda: source.hashes() == set())
             assert "gap" in source.stale
             assert source.stats.unknown_removed_blocks == 0
 
             worker.engine.happen([created(), stored(1, block(3))])
-            await eventually(lambda: source.hashes() == {3})
-            await eventually(lambda: not source.stale)
+            await until_async("the index to hold {3}", lambda: source.hashes() == {3})
+            await until_async("the index to be trusted", lambda: not source.stale)
 
     asyncio.run(scenario())
 
@@ -187,11 +179,11 @@ def test_a_reader_that_comes_late_learns_of_a_loss_from_the_replay(worker: Worke
             worker.engine.happen(
                 [created(), stored(1, block(1)), removed(5, 9), stored(6, block(2))]
             )
-            await eventually(lambda: not worker.engine.events)
+            await until_async("the engine's events to be fetched", lambda: not worker.engine.events)
             await asyncio.sleep(0.1)
             source = worker.listen()
-            await eventually(worker.settled)
-            await eventually(lambda: "gap" in source.stale)
+            await until_async("the index to be as the engine, trusted", worker.settled)
+            await until_async("the index to be marked as gap", lambda: "gap" in source.stale)
             assert source.hashes() == {2}
 
     asyncio.run(scenario())
@@ -206,10 +198,15 @@ def test_a_reader_that_comes_too_late_knows_it(worker: Worker) -> None:
             seen = worker.poller.translator.stats.events
             for number in range(6):
                 worker.engine.happen([stored(number, block(number)) if number else created()])
-                await eventually(lambda number=number: seen["stored"] == number)  # type: ignore[misc]
+                await until_async(
+                    "the block to be published",
+                    lambda number=number: seen["stored"] == number,  # type: ignore[misc]
+                )
             source = worker.listen()
-            await eventually(worker.settled)
+            await until_async("the index to be as the engine, trusted", worker.settled)
             assert source.hashes() == {4, 5}
-            await eventually(lambda: "missed_first" in source.stale)
+            await until_async(
+                "the index to be marked as missed_first", lambda: "missed_first" in source.stale
+            )
 
     asyncio.run(scenario())

@@ -8,7 +8,6 @@ patience into seconds. The targets are small HTTP servers that stand in for vLLM
 from __future__ import annotations
 
 import email
-import functools
 import http.server
 import itertools
 import json
@@ -30,13 +29,12 @@ from typing import Any
 import pytest
 import yaml
 
-from support import waiting
 from support.places import ROOT
+from support.waiting import until
 from support.worker_process import free_ports
 
 ALERTMANAGER = ROOT / "alertmanager"
 RENDER = ALERTMANAGER / "render"
-WAIT_SECONDS = 45.0
 
 pytestmark = pytest.mark.needs("alertmanager")
 
@@ -295,11 +293,6 @@ def get(url: str) -> Any:
         return text
 
 
-until = functools.partial(
-    waiting.until, seconds=WAIT_SECONDS, pause_seconds=0.2, ignoring=waiting.UNREACHABLE
-)
-
-
 class Server:
     """An HTTP server on loopback: ``page`` on GET, and what was POSTed in ``received``."""
 
@@ -422,7 +415,7 @@ class Stack:
             ),
         ]
         for address in (self.alertmanager, self.prometheus):
-            until(lambda a=address: get(f"http://{a}/-/ready"), f"{address} is ready")  # type: ignore[misc]
+            until(f"{address} is ready", lambda a=address: get(f"http://{a}/-/ready"))  # type: ignore[misc]
 
     def local(self, job: str, address: str) -> None:
         """What ``scripts/up`` writes without Docker."""
@@ -474,10 +467,10 @@ def test_a_target_that_dies_is_notified_with_its_labels_and_resolved_when_it_is_
     stack: Stack,
 ) -> None:
     """Rule, route, renderer and webhook in one: what a person would get, and when it is over."""
-    until(lambda: stack.query('up{job="vllm"} == 1'), "the target is scraped")
+    until("the target is scraped", lambda: stack.query('up{job="vllm"} == 1'))
     assert not stack.webhook.alerts("TargetDown", "firing")
     stack.plain.close()
-    until(lambda: stack.webhook.alerts("TargetDown", "firing"), "TargetDown is notified")
+    until("TargetDown is notified", lambda: stack.webhook.alerts("TargetDown", "firing"))
     (alert, *_) = stack.webhook.alerts("TargetDown", "firing")
     assert alert["labels"] == {
         "alertname": "TargetDown",
@@ -500,19 +493,19 @@ def test_a_target_that_dies_is_notified_with_its_labels_and_resolved_when_it_is_
     def mailed() -> list[str]:
         return [text for text in list(stack.mailbox.messages) if f"Subject: {title}" in text]
 
-    until(told, "Slack is told")
+    until("Slack is told", told)
     attachment = told()[0]
     assert attachment["color"] == "danger"
     assert attachment["text"].startswith("A vLLM server does not answer Prometheus.")
     assert reads_well in attachment["text"]
     assert "Runbook: https://" in attachment["text"]
-    until(mailed, "a mail is sent")
+    until("a mail is sent", mailed)
     mail = email.message_from_string(mailed()[0])
     assert (mail["From"], mail["To"]) == ("Watch <watch@example.com>", "oncall@example.com")
     bodies = [part.get_payload(decode=True) for part in mail.walk() if not part.is_multipart()]
     assert any(isinstance(body, bytes) and reads_well in body.decode() for body in bodies)
     stack.plain = Server(stack.plain.port)
-    until(lambda: stack.webhook.alerts("TargetDown", "resolved"), "TargetDown is resolved")
+    until("TargetDown is resolved", lambda: stack.webhook.alerts("TargetDown", "resolved"))
 
 
 @pytest.mark.needs("prometheus")
@@ -521,10 +514,10 @@ def test_a_dead_engine_pages_once_and_silences_what_follows_from_it(stack: Stack
     stack.worker.page = READY.format(ready=0, starting=1) + (
         f'llm_worker_last_exit_timestamp_seconds{{reason="engine_dead"}} {time.time():.0f}\n'
     )
-    until(lambda: stack.webhook.alerts("EngineDied", "firing"), "EngineDied is notified")
+    until("EngineDied is notified", lambda: stack.webhook.alerts("EngineDied", "firing"))
     firing = 'ALERTS{alertname="WorkerNotReady",alertstate="firing"}'
-    until(lambda: stack.query(firing), "WorkerNotReady fires in Prometheus")
-    until(lambda: stack.in_alertmanager("WorkerNotReady"), "Alertmanager holds WorkerNotReady")
+    until("WorkerNotReady fires in Prometheus", lambda: stack.query(firing))
+    until("Alertmanager holds WorkerNotReady", lambda: stack.in_alertmanager("WorkerNotReady"))
     (source,) = stack.in_alertmanager("EngineDied")
     (silenced,) = stack.in_alertmanager("WorkerNotReady")
     assert silenced["status"]["state"] == "suppressed"
@@ -536,7 +529,7 @@ def test_a_dead_engine_pages_once_and_silences_what_follows_from_it(stack: Stack
 @pytest.mark.needs("prometheus")
 def test_the_watchdog_beats_on_its_own_receiver_and_nowhere_else(stack: Stack) -> None:
     """Again and again: a dead man's switch needs a beat, and people need none."""
-    until(lambda: len(stack.watchdog.received) >= 2, "two beats")
+    until("two beats", lambda: len(stack.watchdog.received) >= 2)
     assert {message["receiver"] for message in stack.watchdog.received} == {"watchdog"}
     assert not stack.webhook.alerts("Watchdog", "firing")
 

@@ -29,6 +29,7 @@ import pytest
 from dashboards import catalog, needs, normalize, queries
 from dashboards.queries import PanelQuery
 from support.places import FIXTURES
+from support.waiting import until
 from support.worker_process import free_ports
 
 # Fixture directories, and their jobs here.
@@ -44,7 +45,6 @@ REWRITTEN: dict[str, Callable[[bytes], bytes]] = {
     "vllm-loading": lambda page: re.sub(rb"(?m)^(# \w+ )?vllm:.*\n", b"", page),
 }
 SCRAPES_PER_PAGE = 3
-WAIT_SECONDS = 60.0
 
 pytestmark = pytest.mark.needs("prometheus", "alertmanager")
 
@@ -152,14 +152,6 @@ class Prometheus:
         return None
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {WAIT_SECONDS:.0f} s: {what}")
-        time.sleep(0.2)
-
-
 @contextlib.contextmanager
 def running(command: list[str], log: Path) -> Iterator[None]:
     with log.open("wb") as output:
@@ -228,18 +220,18 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             )
         )
         server = Prometheus(own)
-        wait_until(
-            lambda: all(r.read_through for targets in replays.values() for r in targets),
+        until(
             f"every page scraped; see {directory}/prometheus.log",
+            lambda: all(r.read_through for targets in replays.values() for r in targets),
         )
         expected = sum(map(len, replays.values())) + 2
         up = PanelQuery("", "", "A", "count(up == 1)", True, None)
-        wait_until(lambda: server.numbers(up) == [expected], "every target up")
+        until("every target up", lambda: server.numbers(up) == [expected])
         firing = PanelQuery("", "", "A", 'count(ALERTS{alertstate="firing"})', True, None)
-        wait_until(lambda: server.numbers(firing) == [2], "the test's alerts fire")
+        until("the test's alerts fire", lambda: server.numbers(firing) == [2])
         # Two scrapes of every target that tells of itself, so that its counters have a rate.
         age = PanelQuery("", "", "A", "min(count_over_time(up[1m]))", True, None)
-        wait_until(lambda: server.numbers(age)[0] >= SCRAPES_PER_PAGE, "a rate everywhere")
+        until("a rate everywhere", lambda: server.numbers(age)[0] >= SCRAPES_PER_PAGE)
         yield server
 
 

@@ -8,7 +8,6 @@ Alertmanager with the shipped configuration.
 
 from __future__ import annotations
 
-import functools
 import http.server
 import json
 import re
@@ -41,14 +40,13 @@ from llm_worker.kv.plane.zmq_plane import ZmqPlane
 from llm_worker.kv.stats import AuditStats
 from llm_worker.kv.wire import AllBlocksCleared, BlockStored, encode
 from llm_worker.metrics import Metrics
-from support import waiting
 from support.places import FIXTURES, ROOT
+from support.waiting import until
 from support.worker_process import free_ports
 
 RULES = ROOT / "prometheus" / "rules"
 ANY_PORT = "tcp://127.0.0.1:*"
 BEAT_SECONDS = 0.1
-WAIT_SECONDS = 45.0
 
 pytestmark = pytest.mark.needs("prometheus", "alertmanager")
 
@@ -60,11 +58,6 @@ scrape_configs:
 """
 
 _hashes = count(1)
-
-
-until = functools.partial(
-    waiting.until, seconds=WAIT_SECONDS, pause_seconds=0.1, ignoring=waiting.UNREACHABLE
-)
 
 
 def batch(*, blocks: int = 2, age_seconds: float = 0.0) -> bytes:
@@ -666,8 +659,8 @@ SICK: list[type[Site]] = [
 def test_a_fault_fires_its_alerts(drill: Drill, kind: type[Site]) -> None:
     """What is broken is what is reported, for the instance where it is broken."""
     until(
-        lambda: drill.firing(kind) >= kind.fires,
         f"{sorted(kind.fires)} fire; see {drill.prometheus.log}",
+        lambda: drill.firing(kind) >= kind.fires,
     )
 
 
@@ -678,11 +671,11 @@ def test_what_follows_from_a_cause_is_not_told_on_top(drill: Drill, kind: type[S
     """One fault is one message: Alertmanager holds the rest back, and nothing but the rest."""
     address = drill.site(kind).address
     until(
+        f"{sorted(kind.follows)} are held back",
         lambda: (
             drill.reported(kind) >= kind.fires
             and drill.held_back.get(address, set()) >= kind.follows
         ),
-        f"{sorted(kind.follows)} are held back",
     )
     assert drill.held_back[address] - kind.in_time == kind.follows
 
@@ -691,22 +684,21 @@ def test_a_gap_that_is_healed_is_reported_no_longer(drill: Drill) -> None:
     """The engine clears its cache: the index is true again, and the alert resolves."""
     gap = drill.site(Gap)
     assert isinstance(gap, Gap)
-    until(lambda: "KvGapNotHealed" in drill.firing(Gap), "the gap is reported")
+    until("the gap is reported", lambda: "KvGapNotHealed" in drill.firing(Gap))
     gap.healed = True
 
     def cleared() -> bool:
         gap.engine.publish(encode(time.time(), [AllBlocksCleared()], 0))
         return "KvGapNotHealed" not in drill.firing(Gap)
 
-    until(cleared, "the gap is healed")
+    until("the gap is healed", cleared)
 
 
 def test_nothing_else_fires(drill: Drill) -> None:
     """Neither about who is well, nor about a worker that is only starting, nor beside a fault."""
+    # Gap may be healed by now; what fired once is kept.
     until(
-        # Gap may be healed by now; what fired once is kept.
-        lambda: all(drill.reported(kind) >= kind.fires for kind in SICK),
-        "every fault is reported",
+        "every fault is reported", lambda: all(drill.reported(kind) >= kind.fires for kind in SICK)
     )
     for site in drill.sites:
         seen = drill.seen.get(site.address, set()) - site.in_time
@@ -724,10 +716,10 @@ def test_every_recording_rule_about_kv_events_returns_data(drill: Drill) -> None
     for rule in rules:
         instance = fleet if "fleet" in rule else worker
         until(
+            rule,
             lambda rule=rule, instance=instance: drill.prometheus.query(  # type: ignore[misc]
                 f'{rule}{{instance="{instance}"}}'
             ),
-            rule,
         )
 
 

@@ -8,7 +8,6 @@ ones.
 
 from __future__ import annotations
 
-import functools
 import http.server
 import json
 import re
@@ -25,12 +24,11 @@ from typing import Any
 
 import pytest
 
-from support import waiting
 from support.places import FIXTURES, ROOT
+from support.waiting import until
 from support.worker_process import free_ports
 
 PROMETHEUS = ROOT / "prometheus"
-WAIT_SECONDS = 40.0
 
 pytestmark = pytest.mark.needs("prometheus")
 
@@ -38,11 +36,6 @@ pytestmark = pytest.mark.needs("prometheus")
 def sped_up(text: str) -> str:
     """prometheus.yml with every interval of seconds at one second. Nothing else changes."""
     return re.sub(r"((?:scrape|evaluation|refresh)_(?:interval|timeout): )\d+s", r"\g<1>1s", text)
-
-
-until = functools.partial(
-    waiting.until, seconds=WAIT_SECONDS, pause_seconds=0.2, ignoring=waiting.UNREACHABLE
-)
 
 
 class StandIn:
@@ -98,7 +91,7 @@ class Prometheus:
                 # Elsewhere: relative paths must hang on the file, not on where one stands.
                 cwd="/",
             )
-        until(lambda: self.get("/-/ready"), "Prometheus is ready")
+        until("Prometheus is ready", lambda: self.get("/-/ready"))
 
     @staticmethod
     def local(home: Path, job: str, address: str) -> None:
@@ -214,14 +207,14 @@ def test_an_added_target_is_discovered_scraped_and_forgotten_without_a_restart(
 ) -> None:
     """scripts/targets writes, Prometheus notices: with the labels, and gone after remove."""
     up = f'up{{job="vllm",instance="{vllm.address}",environment="prod"}}'
-    until(lambda: prometheus.value(up) == 1, "the added target is scraped")
+    until("the added target is scraped", lambda: prometheus.value(up) == 1)
     other = StandIn(vllm.page)
     try:
         prometheus.targets("add", other.address, "--name", "second", "--role", "chat")
         second = 'vllm:num_requests_running{job="vllm",instance="second",role="chat"}'
-        until(lambda: prometheus.query(second), "the second target is scraped")
+        until("the second target is scraped", lambda: prometheus.query(second))
         prometheus.targets("remove", "second")
-        until(lambda: not prometheus.query(second), "the second target is forgotten")
+        until("the second target is forgotten", lambda: not prometheus.query(second))
     finally:
         other.close()
     assert prometheus.value(up) == 1
@@ -231,7 +224,7 @@ def test_the_example_file_is_no_target_and_local_mode_is_found(
     prometheus: Prometheus, vllm: StandIn, worker: StandIn
 ) -> None:
     """Exactly three targets: the added one, the worker of local mode, and Prometheus itself."""
-    until(lambda: len(prometheus.query("up == 1")) == 3, "all targets are up")
+    until("all targets are up", lambda: len(prometheus.query("up == 1")) == 3)
     found = {(s["metric"]["job"], s["metric"]["instance"]) for s in prometheus.query("up")}
     assert found == {
         ("vllm", vllm.address),
@@ -245,13 +238,13 @@ def test_created_samples_are_dropped_and_everything_else_is_kept(
 ) -> None:
     """They are a part of the page that nobody reads; a counter beside them stays."""
     assert "vllm:prompt_tokens_created" in vllm.page
-    until(lambda: prometheus.query("vllm:prompt_tokens_total"), "the page is stored")
+    until("the page is stored", lambda: prometheus.query("vllm:prompt_tokens_total"))
     assert not prometheus.query('{__name__=~".+_created",job=~"worker|vllm"}')
 
 
 def test_every_rule_evaluates_on_what_real_engines_say(prometheus: Prometheus) -> None:
     """No many-to-many match, no type error, with a plain vLLM and our worker side by side."""
-    until(lambda: prometheus.query("engine:vllm_steps:rate2m"), "rules are evaluated on data")
+    until("rules are evaluated on data", lambda: prometheus.query("engine:vllm_steps:rate2m"))
     groups = json.loads(prometheus.get("/api/v1/rules"))["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert len(rules) > 40
@@ -266,7 +259,7 @@ def test_a_page_over_the_limit_counts_as_down_and_the_others_go_on(
     flood = StandIn(page)
     try:
         prometheus.targets("add", flood.address, "--name", "flood")
-        until(lambda: prometheus.value('up{instance="flood"}') == 0, "the flood is refused")
+        until("the flood is refused", lambda: prometheus.value('up{instance="flood"}') == 0)
         active = json.loads(prometheus.get("/api/v1/targets"))["data"]["activeTargets"]
         errors = {t["labels"]["instance"]: t["lastError"] for t in active}
         assert "sample limit exceeded" in errors["flood"]
@@ -275,7 +268,7 @@ def test_a_page_over_the_limit_counts_as_down_and_the_others_go_on(
     finally:
         prometheus.targets("remove", "flood")
         flood.close()
-    until(lambda: not prometheus.query('up{instance="flood"}'), "the flood is forgotten")
+    until("the flood is forgotten", lambda: not prometheus.query('up{instance="flood"}'))
 
 
 def test_a_reload_takes_changed_rules_and_refuses_broken_ones(prometheus: Prometheus) -> None:
@@ -284,11 +277,11 @@ def test_a_reload_takes_changed_rules_and_refuses_broken_ones(prometheus: Promet
     added.write_text("groups: [{name: added, rules: [{record: 'a:b:c', expr: vector(7)}]}]\n")
     try:
         assert prometheus.reload() == 200
-        until(lambda: prometheus.value("a:b:c") == 7, "the new rule is evaluated")
+        until("the new rule is evaluated", lambda: prometheus.value("a:b:c") == 7)
         added.write_text("groups: [{name: added, rules: [{record: 'a:b:c', expr: 'sum('}]}]\n")
         assert prometheus.reload() == 500
         failed = "prometheus_config_last_reload_successful == 0"
-        until(lambda: prometheus.query(failed), "the failed reload is visible")
+        until("the failed reload is visible", lambda: prometheus.query(failed))
         assert prometheus.value("a:b:c") == 7
     finally:
         added.unlink()

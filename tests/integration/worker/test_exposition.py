@@ -26,6 +26,7 @@ from llm_worker.exposition.exposition import Exposition
 from llm_worker.exposition.negotiation import OPENMETRICS
 from llm_worker.metrics import Metrics
 from support.places import ROOT
+from support.waiting import until
 
 # What every script below starts with. `shown` and `values` use prometheus_client's strict parser.
 PRELUDE = """
@@ -601,7 +602,7 @@ def test_a_real_prometheus_takes_every_series_in_both_formats(
             f"--web.listen-address=127.0.0.1:{port}",
         ],
         stdout=subprocess.DEVNULL,
-        stderr=(tmp_path / "log").open("w"),
+        stderr=(tmp_path / "log").open("wb"),
     )
 
     def query(expression: str) -> dict[str, float]:
@@ -614,15 +615,12 @@ def test_a_real_prometheus_takes_every_series_in_both_formats(
         return {json.dumps(r["metric"], sort_keys=True): float(r["value"][1]) for r in result}
 
     try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                if query('up{job="worker"} == 1'):
-                    break
-            except OSError:
-                pass
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.1)
+        until(
+            "a scrape of the worker",
+            lambda: query('up{job="worker"} == 1'),
+            process=prometheus,
+            log=tmp_path / "log",
+        )
         expected = OPENMETRICS if protocol.startswith("Open") else "text/plain; version=0.0.4"
         assert answered[-1][0].startswith(expected)
         assert answered[-1][1] == "gzip"

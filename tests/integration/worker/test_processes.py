@@ -110,12 +110,12 @@ def test_an_observer_that_dies_under_64_streams_costs_no_request_anything(
 ) -> None:
     """All streams end as asked, none pauses; 8081 answers again, and its counters go on."""
     worker.complete(prompt="before " * 300, max_tokens=1)
-    until(lambda: held(worker)["batches"]["applied"] > 0)
+    until("the first batch", lambda: held(worker)["batches"]["applied"] > 0)
     before = worker.samples()
     with ThreadPoolExecutor() as pool:
         running = pool.submit(streams, worker.api, 300)
         in_flight = 'llm_worker_requests_in_flight{model_name="tiny"}'
-        until(lambda: worker.samples()[in_flight] == STREAMS, seconds=60)
+        until("all streams to be in flight", lambda: worker.samples()[in_flight] == STREAMS, 60)
         killed = time.monotonic()
         worker.part("observer").send_signal(number)
         answered = _answers_again(worker)
@@ -138,7 +138,9 @@ def test_an_observer_that_dies_under_64_streams_costs_no_request_anything(
     assert not fallen
     # Everything it had heard it asks for once more, and the engine agrees block by block.
     worker.complete(prompt="after " * 300, max_tokens=1)
-    until(lambda: held(worker)["ok"] and _audited(worker), seconds=120)
+    until(
+        "the index to be trusted and audited", lambda: held(worker)["ok"] and _audited(worker), 120
+    )
 
 
 def _answers_again(worker: WorkerProcess) -> float:
@@ -192,19 +194,23 @@ def test_a_serving_that_hangs_is_told_apart_while_8081_answers_in_milliseconds(
         assert answer.status_code == (503 if reasons else 200)
         return str(reasons[0]["code"]) if reasons else ""
 
-    until(lambda: said() == "", seconds=60)
+    until("the worker to be healthy", lambda: said() == "", 60)
     hurt(worker)
     try:
-        until(lambda: said() == code, seconds=15)
+        until("the verdict", lambda: said() == code, 15)
         assert worker.get("/live").status_code == 200, "nobody is killed for a few seconds"
         assert worker.get("/metrics").status_code == 200
         if code != "serving_loop_late":  # its metrics are not of now: absent, not frozen
-            until(lambda: "vllm:" not in worker.get("/metrics").text, seconds=15)
+            until(
+                "serving's old page to be left out",
+                lambda: "vllm:" not in worker.get("/metrics").text,
+                15,
+            )
     finally:
         worker.part("serving").resume()
-    until(lambda: said() == "", seconds=60)
+    until("the worker to be healthy", lambda: said() == "", 60)
     assert sorted(took)[len(took) // 2] < 0.1
-    until(lambda: "vllm:" in worker.get("/metrics").text, seconds=15)
+    until("serving's page", lambda: "vllm:" in worker.get("/metrics").text, 15)
 
 
 def test_a_service_managers_sigterm_to_every_process_is_an_ordinary_stop(
@@ -216,7 +222,7 @@ def test_a_service_managers_sigterm_to_every_process_is_an_ordinary_stop(
     with ThreadPoolExecutor() as pool:
         chunks: list[dict[str, Any]] = []
         reading = pool.submit(lambda: chunks.extend(worker.stream(max_tokens=2500)))
-        until(lambda: bool(chunks), seconds=60)
+        until("the first chunk", lambda: bool(chunks), 60)
         for process in (psutil.Process(worker.process.pid), *children):
             process.terminate()
         reading.result(timeout=120)
@@ -233,7 +239,7 @@ def test_ctrl_c_is_an_ordinary_stop_and_twice_hurries(tmp_path: Path) -> None:
         stream = worker.stream(max_tokens=4000)
         next(stream)
         os.killpg(worker.process.pid, signal.SIGINT)
-        until(lambda: (worker.health() or {}).get("state") == "draining", seconds=10)
+        until("the worker to drain", lambda: (worker.health() or {}).get("state") == "draining", 10)
         assert worker.process.poll() is None
         began = time.monotonic()
         os.killpg(worker.process.pid, signal.SIGINT)

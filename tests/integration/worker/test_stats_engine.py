@@ -24,6 +24,8 @@ from typing import Any
 import httpx
 import pytest
 
+from support.waiting import until
+
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
 NAME = "tiny"
@@ -255,6 +257,7 @@ def environment(**more: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "PYTHONPATH": os.pathsep.join(sys.path),
         **more,
     }
 
@@ -496,14 +499,13 @@ def plain_vllm(directory: Path, *arguments: str) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    break
-            assert process.poll() is None, log.read_text()[-5000:]
-            assert time.monotonic() < deadline, log.read_text()[-5000:]
-            time.sleep(0.5)
+        until(
+            "vllm serve to be healthy",
+            lambda: httpx.get(f"{url}/health", timeout=10).status_code == 200,
+            280,
+            process=process,
+            log=log,
+        )
         yield url
     finally:
         process.terminate()
@@ -541,10 +543,8 @@ def drop_a_stream(url: str) -> None:
 
 def settled(url: str) -> tuple[Page, str]:
     """The page once nothing is in flight."""
-    deadline = time.monotonic() + 60
-    while scrape(url)[0][f'requests_in_flight{{model_name="{NAME}"}}'] > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    in_flight = f'requests_in_flight{{model_name="{NAME}"}}'
+    until("no request in flight", lambda: scrape(url)[0][in_flight] == 0)
     # Once more: a page over several processes is read file by file, not at one instant.
     return scrape(url)
 

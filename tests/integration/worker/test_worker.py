@@ -165,7 +165,7 @@ def test_the_ledger_balances_after_a_disconnect_that_vllm_does_not_count(
     try:
         assert value(worker, "llm_worker_requests_in_flight") == 1
         stream.close()  # type: ignore[attr-defined]
-        until(lambda: value(worker, "llm_worker_requests_in_flight") == 0)
+        until("no request in flight", lambda: value(worker, "llm_worker_requests_in_flight") == 0)
     finally:
         worker.engine_core().resume()
     ended = value(worker, "llm_worker_requests_ended_total")
@@ -460,7 +460,7 @@ def test_two_ranks_are_told_apart_and_leave_nothing_behind_a_killed_worker(start
         assert [source["rank"] for source in sources] == [0, 1]
         return [source["blocks"].get("gpu", 0) if source["ok"] else 0 for source in sources]
 
-    until(lambda: held()[1] == 3 * held()[0] > 0)
+    until("three copies of each block", lambda: held()[1] == 3 * held()[0] > 0)
 
     children = [c for c in worker.descendants() if "resource_tracker" not in " ".join(c.cmdline())]
     assert len(children) >= 5, "two engine cores, two workers, a coordinator"

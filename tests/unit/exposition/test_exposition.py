@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import math
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from prometheus_client.samples import Exemplar, Sample
 from llm_worker.exposition.exposition import Exposition, Rendered
 from llm_worker.exposition.negotiation import OPENMETRICS, TEXT
 from llm_worker.metrics import Metrics
+from support.waiting import until
 
 ACCEPT_OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 # What Prometheus 3.5 sends.
@@ -727,9 +727,7 @@ def test_scrapes_that_come_while_a_page_is_made_share_it() -> None:
         thread.start()
     (flight,) = page._flights.values()
     condition: Any = flight._condition
-    deadline = time.monotonic() + 10
-    while len(condition._waiters) < 7 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    until("seven who wait for the first's page", lambda: len(condition._waiters) == 7)
     slow.go.set()
     for thread in threads:
         thread.join(10)
