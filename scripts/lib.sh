@@ -171,36 +171,50 @@ pick_python() {
     return 1
 }
 
+# torch_hint LOCK: what to do where a torch that the lock names is not found.
 torch_hint() {
+    grep -q '^torch==' "$root/$1" || return 0
     printf '%s' "If it is torch==…+cpu that is not found: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a directory that holds the wheel."
 }
 
 # environment [--dry-run]: makes .venv match the locks; at once when nothing changed.
 environment() {
-    venv=$root/.venv
+    locked_environment .venv "worker/requirements/cpu.txt tests/requirements.txt" \
+        "the locked CPU vLLM and the tools (600 MB the first time)" "$@"
+}
+
+# The same without vLLM: what most of the unit tests need.
+light_environment() {
+    locked_environment .venv-light tests/requirements-light.txt \
+        "what the unit tests need without vLLM (20 MB)" "$@"
+}
+
+# locked_environment NAME LOCKS WHAT [--dry-run]: sets $venv and $python.
+locked_environment() {
+    venv=$root/$1
     python=$venv/bin/python
-    locks="worker/requirements/cpu.txt tests/requirements.txt"
-    # shellcheck disable=SC2086  # a list of two files
+    locks=$2
+    # shellcheck disable=SC2086  # a list of files
     locked=$(cd "$root" && cat $locks pyproject.toml | sha256sum | cut -c1-16)
     if [ -x "$python" ] && [ "$(cat "$venv/.locked" 2>/dev/null)" = "$locked" ]; then
         return 0
     fi
-    if [ "${1-}" = --dry-run ]; then
-        say "would make .venv and install worker/requirements/cpu.txt, tests/requirements.txt and this package"
+    if [ "${4-}" = --dry-run ]; then
+        say "would make $1 and install $locks and this package"
         return 0
     fi
     if [ ! -x "$python" ]; then
         base_python=$(pick_python) ||
             die 6 "no Python 3.11 or newer with venv: install it (Debian: apt-get install python3-venv)"
-        say "making .venv with $base_python"
-        "$base_python" -m venv "$venv" || die 6 "$base_python cannot make a virtual environment in .venv"
+        say "making $1 with $base_python"
+        "$base_python" -m venv "$venv" || die 6 "$base_python cannot make a virtual environment in $1"
     fi
-    say "installing the locked CPU vLLM and the tools (600 MB the first time)"
+    say "installing $3"
     have uv || [ -x "$venv/bin/uv" ] || "$python" -m pip install --quiet uv 2>/dev/null || true
     for lock in $locks; do
-        install_locked --requirement "$lock" || die 6 "cannot install $lock. $(torch_hint)"
+        install_locked --requirement "$lock" || die 6 "cannot install $lock. $(torch_hint "$lock")"
     done
-    install_locked --no-build-isolation --editable . || die 6 "cannot install this package into .venv"
+    install_locked --no-build-isolation --editable . || die 6 "cannot install this package into $1"
     printf '%s\n' "$locked" >"$venv/.locked"
 }
 

@@ -831,6 +831,7 @@ SAMPLES: dict[str, Callable[[str], st.SearchStrategy[Rows]]] = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(families=valid_families(), split=st.integers(0, 6))
 def test_any_families_parse_back_to_the_same_samples(families: list[Metric], split: int) -> None:
@@ -883,6 +884,7 @@ junk_families = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(first=junk_families, second=junk_families)
 def test_no_families_can_make_the_page_invalid(first: list[Metric], second: list[Metric]) -> None:

@@ -221,6 +221,7 @@ def test_a_verdict_is_repeated_before_it_is_old(monkeypatch: pytest.MonkeyPatch)
     made.close()
 
 
+@pytest.mark.slow
 def test_an_engine_that_published_nothing_proves_an_index_that_heard_nothing() -> None:
     """Where it cannot be asked for what was missed, there is no other way to know."""
     rank = Rank(replayable=False)

@@ -99,6 +99,7 @@ def test_the_first_target_makes_the_file_and_prometheus_can_read_it(tmp_path: Pa
     ]
 
 
+@pytest.mark.slow
 def test_what_was_added_is_listed_and_can_be_removed_by_address_or_name(tmp_path: Path) -> None:
     """Both handles work, the others stay, and an emptied file is still valid."""
     for arguments in (["a:1"], ["b:2", "--name", "bee"], ["[::1]:3", "--role", "日本"]):
