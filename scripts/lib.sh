@@ -180,13 +180,13 @@ torch_hint() {
 # environment [--dry-run]: makes .venv match the locks; at once when nothing changed.
 environment() {
     locked_environment .venv "worker/requirements/cpu.txt tests/requirements.txt" \
-        "the locked CPU vLLM and the tools (600 MB the first time)" "$@"
+        "the locked CPU vLLM and the tools (600 MB the first time)" "${1-}"
 }
 
 # The same without vLLM: what most of the unit tests need.
 light_environment() {
     locked_environment .venv-light tests/requirements-light.txt \
-        "what the unit tests need without vLLM (20 MB)" "$@"
+        "what the unit tests need without vLLM (35 small wheels)" "${1-}"
 }
 
 # locked_environment NAME LOCKS WHAT [--dry-run]: sets $venv and $python.

@@ -19,7 +19,7 @@ from llm_worker.fleet import nats_reader as nats_source
 from llm_worker.fleet.nats_reader import NatsSource
 from llm_worker.kv.index.index import Index, Source
 from llm_worker.kv.plane import nats_plane
-from llm_worker.kv.plane.nats_plane import NatsPlane
+from llm_worker.kv.plane.nats_plane import NatsPlane, stream_name
 from llm_worker.kv.wire import BlockStored, Event, Hash
 from support.kv_fleet import BLOCK_SIZE, Worker, same
 from support.nats_process import NatsServer, Proxy
@@ -454,13 +454,31 @@ def test_a_slow_consumer_that_the_stream_outran_is_healed(
     mine = plane(worker, server.url, max_bytes=16 << 10)
     fleet = followed(worker, fleets)
     fleet.hold.clear()
-    worker.store(5000)
-    until("all stored", lambda: mine.stats.buffered_batches == 0)
+
+    def outran() -> bool:
+        worker.store(1000)
+        until("all stored", lambda: mine.stats.buffered_batches == 0)
+        return asyncio.run(_outran(server.url, worker.source.worker))
+
+    # How much the server and the sockets hold for a reader is theirs: until it is too much.
+    until("the stream to drop what was not sent yet", outran)
     fleet.hold.set()
     until("the fleet to be the same again", lambda: same(worker, fleet.index))
     (listener,) = fleet.source.listeners()
 
     assert listener.batches_lost > 0
+
+
+async def _outran(url: str, name: str) -> bool:
+    """Whether the stream has dropped what it has not sent to its only reader."""
+    client = await nats.connect(url)
+    try:
+        stream = client.jetstream()
+        oldest = (await stream.stream_info(stream_name(name))).state.first_seq
+        (reader,) = await stream.consumers_info(stream_name(name))
+        return reader.delivered is not None and reader.delivered.stream_seq + 1 < oldest
+    finally:
+        await client.close()
 
 
 def test_a_restarted_worker_begins_anew(
