@@ -26,7 +26,7 @@ from support.nats_process import NatsServer, Proxy
 from support.waiting import until
 from support.worker_process import WorkerProcess, free_ports
 
-pytestmark = [pytest.mark.needs("nats"), pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.needs("nats"), pytest.mark.timeout(150)]
 T = TypeVar("T")
 
 

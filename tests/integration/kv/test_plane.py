@@ -24,7 +24,7 @@ from support.kv_fleet import Worker, same
 from support.waiting import until
 from support.worker_process import free_ports
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 T = TypeVar("T")
 END = b"\xff" * 8
 

@@ -305,7 +305,7 @@ def test_several_threads_publish_while_others_ask(
 def test_closing_ends_the_thread_and_holds_up_nobody(connect: Callable[..., Socket]) -> None:
     """Not even with a subscriber that reads nothing, and with answers under way."""
     own: zmq.Context[Socket] = zmq.Context()
-    events = EventSocket(LOCAL, LOCAL, context=own)
+    events = EventSocket(LOCAL, LOCAL, stall_seconds=60, context=own)
     subscribe(connect, events, high_water_mark=5)
     dealer = connect(zmq.DEALER, events.replay_endpoint, high_water_mark=5)
     for _ in range(5000):
@@ -317,7 +317,8 @@ def test_closing_ends_the_thread_and_holds_up_nobody(connect: Callable[..., Sock
     started = time.monotonic()
     events.close()
     own.term()  # returns when every socket is closed and what lingers is sent or given up
-    assert time.monotonic() - started < 4
+    # What a client that reads nothing may hold up, it does not hold up here.
+    assert time.monotonic() - started < 15
     assert "kv-replay" not in {thread.name for thread in threading.enumerate()}
     assert not events.stats.up
 

@@ -268,7 +268,7 @@ def run_scenario(scenario: str, directory: Path, **more: str) -> dict[str, Any]:
         env=environment(**more),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=570,
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]

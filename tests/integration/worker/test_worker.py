@@ -273,12 +273,9 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: 
     chunks: list[dict[str, Any]] = []
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(lambda: chunks.extend(worker.stream(max_tokens=3900)))
-        while not chunks:
-            time.sleep(0.01)
+        until("the first chunk", lambda: chunks)
         worker.terminate()
-        asked = time.monotonic()
-        while (health := worker.health()) and health["state"] != "draining":
-            assert time.monotonic() - asked < 2
+        until("the worker to drain", lambda: (worker.health() or {}).get("state") == "draining")
         assert worker.get("/ready").status_code == 503
         assert not reading.done(), "the stream ended before the drain could be seen"
         reading.result(timeout=60)
