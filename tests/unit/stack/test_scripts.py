@@ -462,3 +462,15 @@ def test_vllms_own_benchmark_accepts_every_phase() -> None:
         assert parsed.seed == 7
         assert parsed.max_concurrency > 0
         assert parsed.endpoint == phase.endpoint
+
+
+def test_every_python_program_is_linted_and_typed() -> None:
+    """One without a suffix is seen by ruff and mypy only where it is named."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    programs = {
+        f"scripts/{file.name}"
+        for file in (ROOT / "scripts").iterdir()
+        if file.is_file() and file.read_bytes().startswith(b"#!/usr/bin/env python3\n")
+    }
+    assert set(tools["ruff"]["extend-include"]) == programs
+    assert {name for name in tools["mypy"]["files"] if "/" in name} == programs
