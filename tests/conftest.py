@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-import nats_process
+from support import nats_process
 
 
 def _vllm() -> str | None:

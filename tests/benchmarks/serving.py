@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "worker"))
 
 from llm_worker.serving import tiny
-from worker_process import WorkerProcess, free_ports
+from support.waiting import until
+from support.worker_process import WorkerProcess, free_ports
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 # Drawn anew for each stream: with one length the streams end, and the next begin, in bunches that
@@ -202,13 +203,12 @@ def our_worker(directory: Path) -> Iterator[Server]:
 def wait_for(port: int, path: str, process: subprocess.Popen[bytes]) -> None:
     import httpx
 
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200:
-                return
-        time.sleep(0.2)
-    raise RuntimeError(f"{path} on port {port} did not answer")
+    until(
+        f"{path} on port {port}",
+        lambda: httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200,
+        240,
+        process=process,
+    )
 
 
 def percentile(values: list[float], percent: float) -> float:

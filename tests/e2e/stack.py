@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,6 @@ import httpx
 from testcontainers.compose import DockerCompose
 
 T = TypeVar("T")
-POLL_SECONDS = 1.0
 # The README's command that kills the engine.
 KILL_ENGINE = re.compile(r"`docker compose exec (worker-cpu python3 -c .+)`")
 
@@ -141,27 +140,6 @@ class Stack:
         service, *program = shlex.split(command)
         self.compose.exec_in_container(program, service)
         return time.time()
-
-
-def until(what: str, timeout_seconds: float, ask: Callable[[], T | None]) -> T:
-    """Return the first true answer of ``ask``; a failed call counts as not yet.
-
-    Raises:
-        AssertionError: there was none in time; carries the last answer.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        last: object
-        try:
-            answer = ask()
-        except httpx.TransportError as error:
-            last = error
-        else:
-            if answer:
-                return answer
-            last = answer
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_seconds} s, last {last!r}"
-        time.sleep(POLL_SECONDS)
 
 
 def start(

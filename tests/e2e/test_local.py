@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from e2e.stack import until
-from worker_process import free_ports
+from support.waiting import until
+from support.worker_process import free_ports
 
 PORTS = ("PROMETHEUS_PORT", "ALERTMANAGER_PORT", "WORKER_API_PORT", "WORKER_SYSTEM_PORT")
 NEEDED = ("docker-compose.yml", ".env", "prometheus", "alertmanager", "scripts", "worker")
@@ -105,15 +105,15 @@ def test_up_serves_and_scrapes_and_down_leaves_nothing(project: Project) -> None
     metrics = httpx.get(project.url("WORKER_SYSTEM_PORT", "/metrics")).text
     assert "llm_worker_build_info" in metrics
     assert "vllm:num_requests_running" in metrics
-    until("the worker scraped", 60, lambda: project.query('up{job="worker"} == 1'))
-    until("the load", 90, lambda: project.query("rate(vllm:generation_tokens_total[1m]) > 0"))
+    until("the worker scraped", lambda: project.query('up{job="worker"} == 1'), 60)
+    until("the load", lambda: project.query("rate(vllm:generation_tokens_total[1m]) > 0"), 90)
     until(
         "the Watchdog delivered",
-        60,
         lambda: (
             "Watchdog"
             in json.dumps(httpx.get(project.url("ALERTMANAGER_PORT", "/api/v2/alerts")).json())
         ),
+        60,
     )
 
     # Running it again is safe and starts nothing.
@@ -145,7 +145,7 @@ def test_a_taken_port_is_named_with_the_setting_that_moves_it(project: Project) 
         stderr=subprocess.DEVNULL,
     )
     try:
-        until("the port taken", 20, lambda: httpx.get(f"http://127.0.0.1:{port}/").status_code)
+        until("the port taken", lambda: httpx.get(f"http://127.0.0.1:{port}/").status_code, 20)
         up = project.up()
     finally:
         server.kill()

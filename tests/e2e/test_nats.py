@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from e2e.stack import Stack, start, until
-from worker_process import free_ports
+from e2e.stack import Stack, start
+from support.waiting import until
+from support.worker_process import free_ports
 
 SERVICES = ("worker-cpu", "kv-index", "nats")
 PORTS = ("WORKER_API_PORT", "WORKER_SYSTEM_PORT", "KV_INDEX_PORT", "NATS_PORT")
@@ -65,7 +66,7 @@ def test_the_fleets_index_holds_what_the_worker_sends_by_nats(stack: Stack) -> N
     """Found by its stream, trusted, and the same blocks; nothing was dropped on the way."""
     complete(stack, "The first story. ")
     complete(stack, "The second story. ")
-    until("the same blocks in both", 60, lambda: agreed(stack))
+    until("the same blocks in both", lambda: agreed(stack), 60)
     (plane,) = status(stack, "WORKER_SYSTEM_PORT")["planes"]
     fleet = status(stack, "KV_INDEX_PORT")
 
@@ -80,7 +81,7 @@ def test_a_restart_of_the_server_costs_nothing(stack: Stack) -> None:
     """Its streams are in a volume; both sides come back by themselves."""
     stack.restart("nats")
     complete(stack, "A story from the outage. ")
-    until("the same blocks in both again", 90, lambda: agreed(stack))
+    until("the same blocks in both again", lambda: agreed(stack), 90)
     (plane,) = status(stack, "WORKER_SYSTEM_PORT")["planes"]
 
     assert plane["reconnects"] >= 1

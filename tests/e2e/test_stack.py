@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from dashboards import queries
-from e2e.stack import Stack, start, until
-from worker_process import free_ports
+from e2e.stack import Stack, start
+from support.waiting import until, until_none_is_left
+from support.worker_process import free_ports
 
 # Recording rules that may be empty under the demo's load, and why.
 EMPTY_RULES = {
@@ -66,7 +67,7 @@ def test_the_worker_answers_a_chat(stack: Stack) -> None:
 
 def test_every_part_of_the_stack_is_a_target_that_is_up(stack: Stack) -> None:
     """DNS discovery finds what runs, and nothing that does not."""
-    until("five jobs up", 60, lambda: len(stack.query("up == 1")) == 5)
+    until("five jobs up", lambda: len(stack.query("up == 1")) == 5, 60)
 
     assert {series["metric"]["job"] for series in stack.query("up")} == {
         "worker", "prometheus", "alertmanager", "grafana", "kv-index",
@@ -79,7 +80,7 @@ def test_the_fleets_index_holds_the_workers_blocks(stack: Stack) -> None:
     def status(service: str) -> dict[str, Any]:
         return dict(stack.client.get(stack.url(service, "/kv/status")).json())
 
-    until("a trusted worker", 60, lambda: status("KV_INDEX_PORT")["ok"])
+    until("a trusted worker", lambda: status("KV_INDEX_PORT")["ok"], 60)
     (mine,), (theirs,) = status("WORKER_SYSTEM_PORT")["sources"], status("KV_INDEX_PORT")["sources"]
     assert theirs["worker"] == mine["worker"]
     assert theirs["batches"]["lost"] == mine["batches"]["lost"] == 0
@@ -99,7 +100,7 @@ def test_the_fleets_index_holds_the_workers_blocks(stack: Stack) -> None:
         ).json()
         return len(asked["matches"]) and len(answer["matches"])  # the load evicts in between
 
-    until("blocks in both", 60, matched)
+    until("blocks in both", matched, 60)
     assert stack.query('llm_worker_kv_fleet_workers{health="ok"} == 1')
 
 
@@ -114,7 +115,7 @@ def test_the_load_makes_queues_and_hits_and_leavers(stack: Stack) -> None:
         'llm_worker_requests_ended_total{outcome="disconnected"} > 0',
         'http_requests_total{status="4xx"} > 0',
     ):
-        until(expr, 150, lambda expr=expr: stack.query(expr))  # type: ignore[misc]
+        until(expr, lambda expr=expr: stack.query(expr), 150)  # type: ignore[misc]
 
 
 def test_every_rule_is_loaded_and_every_recording_rule_returns_data(
@@ -127,18 +128,14 @@ def test_every_rule_is_loaded_and_every_recording_rule_returns_data(
         for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
         for rule in group["rules"]
     }
-    recorded = until("all rules evaluated", 60, lambda: _evaluated(stack, written))
+    recorded = until("all rules evaluated", lambda: _evaluated(stack, written), 60)
     empty = set(recorded)
 
-    def all_filled() -> bool:
+    def unfilled() -> list[str]:
         empty.difference_update([name for name in empty if stack.query(name)])
-        return empty <= set(EMPTY_RULES)
+        return sorted(empty - set(EMPTY_RULES))
 
-    deadline = time.monotonic() + 150
-    while not all_filled() and time.monotonic() < deadline:
-        time.sleep(5)
-
-    assert sorted(empty - set(EMPTY_RULES)) == []
+    until_none_is_left("recording rules that return nothing", unfilled, 150, pause_seconds=5)
 
 
 def _evaluated(stack: Stack, written: set[str]) -> list[str]:
@@ -153,18 +150,15 @@ def _evaluated(stack: Stack, written: set[str]) -> list[str]:
 def test_every_panel_query_returns_data(stack: Stack) -> None:
     """No panel says "No data" under the load, except those that name what the demo lacks."""
     asked = queries.panel_queries()
-    waiting = [query for query in asked if query.needs is None or query.needs.demo]
-    deadline = time.monotonic() + 150
+    empty = [query for query in asked if query.needs is None or query.needs.demo]
 
-    while True:
+    def left() -> list[str]:
         # The demo has nobody who routes, and "Match latency" is of the last minute.
         stack.client.post(stack.url("WORKER_SYSTEM_PORT", "/kv/match"), json={"prompt": "hi" * 40})
-        waiting = [query for query in waiting if not _samples(stack.query(query.expr))]
-        if not waiting or time.monotonic() > deadline:
-            break
-        time.sleep(5)
+        empty[:] = [query for query in empty if not _samples(stack.query(query.expr))]
+        return [f"{query.dashboard}: {query.panel} {query.ref_id}" for query in empty]
 
-    assert [f"{query.dashboard}: {query.panel} {query.ref_id}" for query in waiting] == []
+    until_none_is_left("panels without data", left, 150, pause_seconds=5)
     for query in asked:
         stack.query(query.expr)  # valid, also where it may be empty
 
@@ -178,10 +172,10 @@ def test_nothing_critical_fires_while_all_is_well(stack: Stack) -> None:
     assert [a for a in critical if a["state"] == "firing"] == []
     until(
         "the Watchdog in Alertmanager",
-        30,
         lambda: (
             "Watchdog" in stack.client.get(stack.url("ALERTMANAGER_PORT", "/api/v2/alerts")).text
         ),
+        30,
     )
 
 
@@ -197,14 +191,14 @@ def test_a_killed_engine_pages_and_recovers_while_prometheus_restarts(stack: Sta
     old = stack.query("vllm:generation_tokens_total", at=before - 15)
     killed_at = stack.kill_engine()  # as the README does
 
-    page = until("EngineDied delivered", 90, lambda: stack.receiver.alert("EngineDied", "firing"))
+    page = until("EngineDied delivered", lambda: stack.receiver.alert("EngineDied", "firing"), 90)
     delivered_after = time.time() - killed_at
     stack.restart("prometheus")
-    until("Prometheus back", 60, lambda: stack.status("PROMETHEUS_PORT", "/-/ready") == 200)
-    until("worker ready", 120, lambda: stack.status("WORKER_SYSTEM_PORT", "/ready") == 200)
+    until("Prometheus back", lambda: stack.status("PROMETHEUS_PORT", "/-/ready") == 200, 60)
+    until("worker ready", lambda: stack.status("WORKER_SYSTEM_PORT", "/ready") == 200, 120)
     ready_after = time.time() - killed_at
     resolved = until(
-        "EngineDied resolved", 270, lambda: stack.receiver.alert("EngineDied", "resolved")
+        "EngineDied resolved", lambda: stack.receiver.alert("EngineDied", "resolved"), 270
     )
     print(
         f"delivered {delivered_after:.0f} s, ready {ready_after:.0f} s, "
@@ -222,6 +216,6 @@ def test_a_killed_engine_pages_and_recovers_while_prometheus_restarts(stack: Sta
     assert old
     assert stack.query("vllm:generation_tokens_total", at=before - 15) == old
     # And it serves again: the load came back by itself.
-    until("traffic", 90, lambda: stack.query("rate(vllm:generation_tokens_total[1m]) > 0"))
+    until("traffic", lambda: stack.query("rate(vllm:generation_tokens_total[1m]) > 0"), 90)
     models = httpx.get(stack.url("WORKER_API_PORT", "/v1/models"), timeout=10).json()
     assert [model["id"] for model in models["data"]] == ["tiny"]

@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from e2e.stack import images, until
-from worker_process import free_ports
+from e2e.stack import images
+from support.waiting import until
+from support.worker_process import free_ports
 
 PORTS = ("GRAFANA_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "KV_INDEX_PORT")
 PROJECT = f"llm-worker-up-{os.getpid()}"
@@ -92,14 +93,14 @@ def test_up_again_changes_nothing_and_down_leaves_nothing(commands: Commands) ->
         result = up["data"]["result"]
         return bool(result) and result[0]["value"][1] == "2"
 
-    until("both workers are scraped", 60, workers)
+    until("both workers are scraped", workers, 60)
     index = f"http://127.0.0.1:{commands.environment['KV_INDEX_PORT']}/kv/status"
 
     def indexed() -> bool:
         sources = json.loads(httpx.get(index).text)["sources"]
         return len(sources) == 2 and all(source["ok"] for source in sources)
 
-    until("both workers are indexed", 60, indexed)
+    until("both workers are indexed", indexed, 60)
 
     down = commands.run("scripts/down", "--volumes")
     assert down.returncode == 0, down.stderr

@@ -18,7 +18,7 @@ from llm_worker.kv.records import AllBlocksCleared, BlockStored
 from llm_worker.kv.stats import ListenerStats
 from llm_worker.kv.wire import Decoder, encode
 from llm_worker.serving import core_truth as truth
-from waiting import until
+from support.waiting import until
 
 
 class Rank:
@@ -168,7 +168,7 @@ def test_it_compares_by_itself_once_the_engine_is_quiet(monkeypatch: pytest.Monk
 
     made = Auditor(ask, lambda: [rank], lambda call: call(), interval_seconds=0.01)
     made.start()
-    until(lambda: made.stats()[0].audits["equal"])
+    until("an audit that finds both equal", lambda: made.stats()[0].audits["equal"])
     time.sleep(0.1)
     made.close()
     assert asked == [False]
@@ -190,7 +190,7 @@ def test_a_comparison_that_breaks_is_counted_and_not_the_last(
 
     made = Auditor(lambda full: [told(1)], lambda: [rank], on_index_thread, interval_seconds=0.01)
     made.start()
-    until(lambda: made.stats()[0].audits["equal"])
+    until("an audit that finds both equal", lambda: made.stats()[0].audits["equal"])
     made.close()
     assert made.stats()[0].audits == {"failed": 6, "equal": 1}
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
@@ -219,10 +219,11 @@ def test_a_verdict_is_repeated_before_it_is_old(monkeypatch: pytest.MonkeyPatch)
     rank.index(1)
     made = Auditor(lambda full: [told(1)], lambda: [rank], lambda c: c(), interval_seconds=0.01)
     made.start()
-    until(lambda: made.stats()[0].audits["equal"] >= 3)
+    until("three audits that find both equal", lambda: made.stats()[0].audits["equal"] >= 3)
     made.close()
 
 
+@pytest.mark.slow
 def test_an_engine_that_published_nothing_proves_an_index_that_heard_nothing() -> None:
     """Where it cannot be asked for what was missed, there is no other way to know."""
     rank = Rank(replayable=False)

@@ -330,6 +330,7 @@ def test_no_bytes_crash_the_decoder_or_corrupt_the_index(payload: bytes) -> None
     check(payload)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(events=st.lists(ANYTHING, max_size=4), rank=ANYTHING)
 def test_no_message_crashes_the_decoder_or_corrupts_the_index(events: list[Any], rank: Any) -> None:

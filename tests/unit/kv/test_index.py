@@ -362,6 +362,7 @@ def test_a_match_says_why_it_ends(events: list[Event], blocks: int, reason: str 
     assert reason is None or reason in MISS_REASONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "chains"), [(8, 1), (1, 1), (1, 64)])
 def test_the_memory_that_is_reported_is_what_was_allocated(blocks: int, chains: int) -> None:
     """Within a twentieth: chains in one event, a block per event, and many requests at a time."""
@@ -480,6 +481,7 @@ def test_the_index_is_what_counting_each_block_gives(events: list[Event]) -> Non
     assert consistent(source)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(events=EVENTS, cuts=st.lists(st.integers(0, 25), max_size=4), splits=st.booleans())
 def test_any_split_of_a_stream_gives_the_same_index(

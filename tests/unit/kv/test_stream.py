@@ -1106,6 +1106,7 @@ changes = st.integers(0, 30).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(
     steps=changes,

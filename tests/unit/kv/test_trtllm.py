@@ -19,7 +19,7 @@ from llm_worker.kv.trtllm import poller as poller_module
 from llm_worker.kv.trtllm.poller import Poller, registry
 from llm_worker.kv.trtllm.translator import Told, Translator
 from llm_worker.metrics import Metrics
-from trtllm_events import (
+from support.trtllm_events import (
     BLOCK_SIZE,
     Engine,
     Truth,
@@ -31,6 +31,7 @@ from trtllm_events import (
     stored,
     updated,
 )
+from support.waiting import until_async
 
 NEGATIVE = -6_148_914_691_236_517_206
 UNSIGNED = NEGATIVE + (1 << 64)
@@ -344,12 +345,6 @@ class Recorder:
         self.calls.append("shutdown")
 
 
-async def eventually(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
-
 class Asked:
     """A poller that runs, its engine and its publishers."""
 
@@ -378,10 +373,13 @@ def test_the_engine_is_asked_as_long_as_the_task_runs() -> None:
     async def scenario() -> None:
         async with Asked() as asked:
             asked.engine.happen([created(), stored(1, block(1))])
-            await eventually(lambda: asked.ranks[0].calls == ["stored"])
+            await until_async("the calls 'stored'", lambda: asked.ranks[0].calls == ["stored"])
             asked.engine.happen([created(attention_dp_rank=1), stored(2, block(1))])
             asked.engine.happen([stored(2, block(1), attention_dp_rank=1)])
-            await eventually(lambda: 1 in asked.ranks and "stored" in asked.ranks[1].calls)
+            await until_async(
+                "the second rank's block",
+                lambda: 1 in asked.ranks and "stored" in asked.ranks[1].calls,
+            )
             assert asked.ranks[1].calls == ["lost", "stored"]
             assert set(asked.engine.timeouts) == {0.0}
         assert asked.ranks[0].calls[-1] == asked.ranks[1].calls[-1] == "shutdown"
@@ -399,11 +397,17 @@ def test_an_engine_that_fails_is_counted_and_asked_again(
         async with Asked() as asked:
             asked.engine.errors = [RuntimeError("no RPC"), TypeError("no answer"), ValueError("?")]
             asked.engine.happen([created(), stored(1, block(1))])
-            await eventually(lambda: asked.poller.stats.errors["events"] == 3)
+            await until_async(
+                "errors of the question for events == 3",
+                lambda: asked.poller.stats.errors["events"] == 3,
+            )
             assert asked.ranks[0].calls == ["stored"]
             asked.engine.happen([removed(2, 1)])
-            await eventually(lambda: asked.ranks[0].calls == ["stored", "removed"])
-            await eventually(lambda: not asked.poller.stats.failing)
+            await until_async(
+                "the calls 'stored', 'removed'",
+                lambda: asked.ranks[0].calls == ["stored", "removed"],
+            )
+            await until_async("the poller to recover", lambda: not asked.poller.stats.failing)
 
     asyncio.run(scenario())
     assert sum("does not answer" in each.message for each in caplog.records) == 1
@@ -425,8 +429,13 @@ def test_an_answer_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch)
         asked.poller = Poller(asked.engine, asked._publisher, Translator(BLOCK_SIZE))  # type: ignore[arg-type]
         async with asked:
             asked.engine.stats = [{"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 64}}]
-            await eventually(lambda: asked.poller.stats.errors["events"] >= 2)
-            await eventually(lambda: asked.poller.stats.used_blocks == {0: 3})
+            await until_async(
+                "errors of the question for events >= 2",
+                lambda: asked.poller.stats.errors["events"] >= 2,
+            )
+            await until_async(
+                "used blocks to be {0: 3}", lambda: asked.poller.stats.used_blocks == {0: 3}
+            )
 
     asyncio.run(scenario())
 
@@ -461,10 +470,15 @@ def test_a_publisher_that_fails_tells_of_the_loss_when_it_works(
         async with Asked() as asked:
             asked.ranks[0].fails = True
             asked.engine.happen([created(), stored(1, block(1))])
-            await eventually(lambda: asked.poller.stats.errors["events"] == 1)
+            await until_async(
+                "errors of the question for events == 1",
+                lambda: asked.poller.stats.errors["events"] == 1,
+            )
             asked.ranks[0].fails = False
             asked.engine.happen([stored(2, block(2))])
-            await eventually(lambda: asked.ranks[0].calls == ["lost", "stored"])
+            await until_async(
+                "the calls 'lost', 'stored'", lambda: asked.ranks[0].calls == ["lost", "stored"]
+            )
 
     asyncio.run(scenario())
 
@@ -486,8 +500,11 @@ def test_metrics_are_absent_until_they_are_known() -> None:
                 '{"attentionDpRank": 1, "kvCacheStats": {"usedNumBlocks": 4, "maxNumBlocks": 64}}',
             ]
             asked.engine.happen([created(), stored(1, block(1)), removed(9, 1)])
-            await eventually(lambda: asked.poller.stats.used_blocks == {0: 3, 1: 4})
-            await eventually(lambda: "lost" in asked.ranks[0].calls)
+            await until_async(
+                "used blocks to be {0: 3, 1: 4}",
+                lambda: asked.poller.stats.used_blocks == {0: 3, 1: 4},
+            )
+            await until_async("the loss to be published", lambda: "lost" in asked.ranks[0].calls)
 
     asyncio.run(scenario())
     page = exposition.render().body.decode()
