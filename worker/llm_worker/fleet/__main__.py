@@ -7,6 +7,7 @@ and answers questions; nothing it serves changes anything, so it asks for no tok
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import sys
 import threading
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ROUND_LATE_SECONDS = 15.0  # a round is due every second, and may take ten
+
 
 class Service:
     """One fleet index and its server, from `start` to `close`."""
@@ -61,6 +64,7 @@ class Service:
                 listeners=self.fleet.listeners,
                 crashes=lambda: self.fleet.pipeline.crashes,
                 fleet=True,
+                round_failures=lambda: self.fleet.round_failures,
             ),
         )
         exposition.register("process", REGISTRY)  # its CPU and memory: runbooks ask for them
@@ -78,6 +82,9 @@ class Service:
 
     def start(self) -> None:
         """Follow the fleet and serve."""
+        # A rank that is followed takes four descriptors.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.fleet.start()
         self.server.start()
 
@@ -117,10 +124,13 @@ class FleetHealth:
         return Verdict(not reasons, reasons)
 
     def ready(self) -> Verdict:
-        """Was the fleet asked already?"""
+        """Was the fleet asked a moment ago?"""
         reasons = self.live().reasons
-        if not self._fleet.rounds:
+        since = self._fleet.seconds_since_round
+        if since == float("inf"):
             reasons += ("nobody was asked yet",)
+        elif since > ROUND_LATE_SECONDS:
+            reasons += (f"the last round through the fleet ended {since:.0f} s ago",)
         return Verdict(not reasons, reasons)
 
 

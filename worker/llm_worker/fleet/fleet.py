@@ -3,17 +3,21 @@
 A worker's ZMQ plane is asked once a second who it is: so ranks turn up, two workers with one name
 are found out, and what a worker itself does not trust is not trusted here. A plain vLLM server says
 none of that; it is listened to under the name it was given. Host names are looked up again and
-again, one source for each address. Owns the pipeline and all of its listeners; decodes no event.
+again, one source for each address. A worker is heard at one place at a time: who moves is another
+process, and what the last one held is forgotten with its listeners. What goes wrong at one address
+is that address's: it is counted and tried again, and every other goes on.
+Owns the pipeline and all of its listeners; decodes no event.
 """
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import logging
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +41,9 @@ log = logging.getLogger(__name__)
 ROUND_SECONDS = 1.0
 _PATIENCE_SECONDS = 5.0  # with an answer, before it is asked for again or done without
 _MAX_STREAMS = 1024  # of one plane
-_NATS = "nats"  # who owns a worker that comes by NATS
+_NATS = "nats"  # where a worker is that comes by NATS
+# libzmq's own bound is 1,023 for a whole context, which 341 listeners use up; they take three each.
+MAX_SOCKETS = 1 << 15
 
 
 @dataclass
@@ -53,6 +59,7 @@ class _Address:
     answer: list[topics.Status] = field(default_factory=list)  # the last complete one
     pieces: list[topics.Status] = field(default_factory=list)
     name: str = ""  # vllm: the worker's
+    opened: bool = False
 
     @property
     def key(self) -> str:
@@ -63,6 +70,16 @@ class _Address:
     def tcp(self, port: int) -> str:
         """As ZMQ connects to it."""
         return f"tcp://[{self.host}]:{port}" if ":" in self.host else f"tcp://{self.host}:{port}"
+
+
+@dataclass
+class _Worker:
+    """One worker, as long as it is there or not long gone."""
+
+    name: str
+    seen: float  # monotonic
+    place: str | None = None  # key of the address where it is heard, or `_NATS`; None: nowhere yet
+    listeners: dict[int, Listener] = field(default_factory=dict)  # by rank; all at `place`
 
 
 class Fleet:
@@ -82,8 +99,11 @@ class Fleet:
             ConfigError: there is a NATS endpoint and no NATS client.
         """
         self.index = Index(max_blocks=max_blocks)
-        self.pipeline = Pipeline(self.index)
-        self.rounds = 0
+        self._context = zmq.Context()
+        self._context.max_sockets = MAX_SOCKETS
+        self.pipeline = Pipeline(self.index, context=self._context)
+        self.round_failures = 0  # rounds, and addresses within one, that broke
+        self._last_round = float("-inf")  # monotonic; the last one that came to its end
         self._endpoints = endpoints
         self._gone_seconds = gone_seconds
         self._resolve_seconds = resolve_seconds
@@ -92,9 +112,7 @@ class Fleet:
         self._hosts: dict[Endpoint, tuple[str, ...]] = {}
         self._unresolved: dict[Endpoint, str] = {}
         self._addresses: dict[tuple[Endpoint, str], _Address] = {}
-        self._listeners: dict[tuple[str, str, int], Listener] = {}  # address, worker, rank
-        self._owners: dict[str, str] = {}  # worker -> address that it is listened to at
-        self._seen: dict[str, float] = {}  # worker -> monotonic
+        self._workers: dict[str, _Worker] = {}
         self._duplicates: set[str] = set()
         self._stop = threading.Event()
         self._poller = zmq.Poller()
@@ -120,6 +138,13 @@ class Fleet:
         for source in self._nats:
             source.close()
         self.pipeline.close()
+        if not self.pipeline.alive:
+            self._context.destroy(linger=0)
+
+    @property
+    def seconds_since_round(self) -> float:
+        """Since the fleet was last asked to an end; infinite before the first time."""
+        return time.monotonic() - self._last_round
 
     @property
     def alive(self) -> bool:
@@ -172,10 +197,11 @@ class Fleet:
     def _answers(self, address: _Address, now: float) -> bool:
         if address.endpoint.kind == "zmq":
             return now - address.answered <= _PATIENCE_SECONDS
-        return any(
-            listener.stats.connected
-            for (key, _, _), listener in list(self._listeners.items())
-            if key == address.key
+        worker = self._workers.get(address.name)
+        return (
+            worker is not None
+            and worker.place == address.key
+            and any(listener.stats.connected for listener in list(worker.listeners.values()))
         )
 
     # --- names ------------------------------------------------------------------------------------
@@ -197,16 +223,28 @@ class Fleet:
 
     def _update_addresses(self) -> None:
         for endpoint, hosts in list(self._hosts.items()):
-            for host in hosts:
-                address = self._addresses.get((endpoint, host))
-                if address is None:
-                    self._addresses[endpoint, host] = address = _Address(endpoint, host)
-                    self._open(address)
+            # First who is gone: its name is free then.
             for (other, host), address in list(self._addresses.items()):
                 if other == endpoint:
                     address.listed = host in hosts
                     if not address.listed and not self._answers(address, time.monotonic()):
                         self._close(address)
+            for host in hosts:
+                address = self._addresses.setdefault((endpoint, host), _Address(endpoint, host))
+                if not address.opened:
+                    self._at(address, self._open)
+
+    def _at(self, address: _Address, do: Callable[[_Address], None]) -> None:
+        """Do something at one address; what goes wrong there costs no other."""
+        try:
+            do(address)
+        except (zmq.ZMQError, OSError, TimeoutError) as error:
+            self._note_failure("%s: %s; it is tried again", address.key, error)
+
+    def _note_failure(self, message: str, *arguments: object) -> None:
+        self.round_failures += 1
+        if self.round_failures & (self.round_failures - 1) == 0:  # not a log full of the same
+            log.error(message, *arguments)
 
     def _open(self, address: _Address) -> None:
         endpoint = address.endpoint
@@ -214,18 +252,24 @@ class Fleet:
             taken = {other.name for other in self._addresses.values() if other is not address}
             alone = endpoint.worker not in taken
             address.name = endpoint.worker if alone else f"{endpoint.worker}@{address.host}"
-            self._seen[address.name] = time.monotonic()
+            self._worker(address.name).seen = time.monotonic()
             self._listen_to_vllm(address)
+            address.opened = True
             return
-        dealer: Any = zmq.Context.instance().socket(zmq.DEALER)
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.IPV6, 1)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)  # a question is for who is there
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        assert endpoint.replay_port is not None
-        dealer.connect(address.tcp(endpoint.replay_port))
+        dealer: Any = self._context.socket(zmq.DEALER)
+        try:
+            dealer.setsockopt(zmq.LINGER, 0)
+            dealer.setsockopt(zmq.IPV6, 1)
+            dealer.setsockopt(zmq.SNDHWM, 1)  # one question waits for who is not there, no more
+            dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+            assert endpoint.replay_port is not None
+            dealer.connect(address.tcp(endpoint.replay_port))
+            self._poller.register(dealer, zmq.POLLIN)
+        except BaseException:
+            dealer.close()
+            raise
         address.dealer = dealer
-        self._poller.register(dealer, zmq.POLLIN)
+        address.opened = True
 
     def _close(self, address: _Address) -> None:
         """No name leads there, and nobody answers there. Its workers' blocks stay for a while."""
@@ -237,19 +281,16 @@ class Fleet:
     # --- rounds -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
         while not self._stop.is_set():
+            began = time.monotonic()
             try:
-                began = time.monotonic()
                 self._update_addresses()
                 self._ask()
                 self._collect(began + ROUND_SECONDS)
                 self._reconcile(time.monotonic())
-                self.rounds += 1
-            except Exception:
-                failures += 1
-                if failures & (failures - 1) == 0:  # not a log full of the same
-                    log.exception("a round through the fleet failed")
+                self._last_round = time.monotonic()
+            except Exception as error:  # the thread is supervised here: the next round may work
+                self._note_failure("a round through the fleet failed: %r", error)
             self._stop.wait(max(0.0, began + ROUND_SECONDS - time.monotonic()))
         for address in list(self._addresses.values()):
             self._close(address)
@@ -263,7 +304,7 @@ class Fleet:
             try:
                 address.dealer.send_multipart((b"", STATUS), zmq.NOBLOCK)
             except zmq.Again:
-                continue  # not connected
+                continue  # not connected, and one question waits already
             address.asked = now
             address.pieces = []
 
@@ -304,64 +345,79 @@ class Fleet:
             if now - address.answered > _PATIENCE_SECONDS:
                 continue
             for status in address.answer:
-                self._seen[status.worker] = max(self._seen.get(status.worker, 0), address.answered)
+                worker = self._worker(status.worker)
+                worker.seen = max(worker.seen, address.answered)
                 there = found.setdefault(status.worker, {})
-                if self._owners.get(status.worker) == address.key or status.instance not in there:
+                if worker.place == address.key or status.instance not in there:
                     there[status.instance] = address
-        instances = {worker: set(there) for worker, there in found.items()}
+        instances = {name: set(there) for name, there in found.items()}
         for source in self._nats:
-            for worker, seen in list(source.last_seen.items()):
-                self._seen[worker] = max(seen, self._seen.get(worker, 0))
-                self._owners[worker] = _NATS
+            for name, seen in list(source.last_seen.items()):
+                worker = self._worker(name)
+                worker.seen = max(seen, worker.seen)
+                self._move(worker, _NATS)
                 if now - seen <= _PATIENCE_SECONDS:
-                    instances.setdefault(worker, set()).update(source.instances.get(worker, ()))
-        self._duplicates = {worker for worker, names in instances.items() if len(names) > 1}
-        for worker, there in found.items():
-            self._listen_to(worker, there)
+                    instances.setdefault(name, set()).update(source.instances.get(name, ()))
+        self._duplicates = {name for name, names in instances.items() if len(names) > 1}
+        for name, there in found.items():
+            self._settle(self._worker(name), there)
         self._watch_vllm(now)
         self.pipeline.on_index_thread(lambda: self._mark(found))
-        for worker, seen in list(self._seen.items()):
-            if now - seen > self._gone_seconds:
+        for worker in list(self._workers.values()):
+            if now - worker.seen > self._gone_seconds:
                 self._forget(worker)
 
-    def _listen_to(self, worker: str, there: dict[str, _Address]) -> None:
-        """Have a listener for each rank, at one address only."""
-        keys = sorted(address.key for address in there.values())
-        owner = self._owners.get(worker)
-        if owner == _NATS:
+    def _worker(self, name: str) -> _Worker:
+        worker = self._workers.get(name)
+        if worker is None:
+            # Seen by whoever asks for it, in a moment.
+            worker = self._workers[name] = _Worker(name, seen=float("-inf"))
+        return worker
+
+    def _move(self, worker: _Worker, place: str) -> None:
+        """Have it heard there, and nowhere else: another place is another process."""
+        if worker.place == place:
             return
-        if owner not in keys:
-            if owner is not None:
-                # It answers elsewhere: another process, whose blocks are not the last one's.
-                self._remove(worker)
-            owner = self._owners[worker] = keys[0]
-        for address in there.values():
-            if address.key != owner:
-                continue
-            for status in address.answer:
-                key = (owner, worker, status.rank)
-                if status.worker == worker and key not in self._listeners:
-                    log.info("following rank %d of %s at %s", status.rank, worker, owner)
-                    assert address.endpoint.replay_port is not None
-                    self._listeners[key] = self.pipeline.listen(
-                        address.tcp(address.endpoint.port),
-                        address.tcp(address.endpoint.replay_port),
-                        worker=worker,
-                        rank=status.rank,
-                        topic=topics.topic(worker, status.rank).decode(),
-                        epochs=True,
-                    )
+        if worker.place is not None:
+            log.info("%s is heard at %s now, and not at %s", worker.name, place, worker.place)
+            self._empty(worker, blocks=place != _NATS)
+        worker.place = place
+
+    def _settle(self, worker: _Worker, there: dict[str, _Address]) -> None:
+        """Have a listener for each rank, at one address only."""
+        if worker.place == _NATS:
+            return
+        by_key = {address.key: address for address in there.values()}
+        if worker.place not in by_key:
+            self._move(worker, min(by_key))
+        address = by_key[str(worker.place)]
+        for status in address.answer:
+            if status.worker == worker.name and status.rank not in worker.listeners:
+                self._at(address, functools.partial(self._follow, worker, status.rank))
+
+    def _follow(self, worker: _Worker, rank: int, address: _Address) -> None:
+        log.info("following rank %d of %s at %s", rank, worker.name, address.key)
+        assert address.endpoint.replay_port is not None
+        worker.listeners[rank] = self.pipeline.listen(
+            address.tcp(address.endpoint.port),
+            address.tcp(address.endpoint.replay_port),
+            worker=worker.name,
+            rank=rank,
+            topic=topics.topic(worker.name, rank).decode(),
+            epochs=True,
+        )
 
     def _listen_to_vllm(self, address: _Address) -> None:
-        endpoint = address.endpoint
+        worker, endpoint = self._worker(address.name), address.endpoint
+        self._move(worker, address.key)
         replay = endpoint.replay_port
         for rank in range(endpoint.ranks):
-            if (address.key, address.name, rank) in self._listeners:
+            if rank in worker.listeners:
                 continue  # the name led there before, and does again
-            self._listeners[address.key, address.name, rank] = self.pipeline.listen(
+            worker.listeners[rank] = self.pipeline.listen(
                 address.tcp(endpoint.port + rank),
                 None if replay is None else address.tcp(replay + rank),
-                worker=address.name,
+                worker=worker.name,
                 rank=rank,
                 topic=endpoint.topic,
                 # One alone may be any rank of a larger deployment, under a name of its own.
@@ -372,7 +428,7 @@ class Fleet:
         """A vLLM server is there as long as one of its ranks is."""
         for address in self._addresses.values():
             if address.endpoint.kind == "vllm" and self._answers(address, now):
-                self._seen[address.name] = now
+                self._worker(address.name).seen = now
 
     def _mark(self, found: dict[str, dict[str, _Address]]) -> None:
         """On the index's thread: what the rounds found out goes on the sources."""
@@ -381,7 +437,7 @@ class Fleet:
             for there in found.values()
             for address in there.values()
             for status in address.answer
-            if self._owners.get(status.worker) == address.key
+            if self._workers[status.worker].place == address.key
         }
         for source in self.index.sources():
             if source.worker in self._duplicates:
@@ -390,30 +446,33 @@ class Fleet:
             if doubt is not None:
                 source.trust.doubted_upstream(doubt)
         answered = {address.key for there in found.values() for address in there.values()}
-        for (key, worker, rank), listener in self._listeners.items():
-            if key in answered and worker not in self._duplicates:
-                listener.source.trust.elsewhere((worker, rank) not in doubted)
-            if worker not in self._duplicates and "duplicate_worker" in listener.source.stale:
-                listener.stream.check_stale()  # which of the two it was, a snapshot tells
+        for worker in self._workers.values():
+            for rank, listener in worker.listeners.items():
+                if worker.name in self._duplicates:
+                    continue
+                if worker.place in answered:
+                    listener.source.trust.elsewhere((worker.name, rank) not in doubted)
+                if "duplicate_worker" in listener.source.stale:
+                    listener.stream.check_stale()  # which of the two it was, a snapshot tells
 
-    def _forget(self, worker: str) -> None:
+    def _forget(self, worker: _Worker) -> None:
         """It was away for too long."""
-        log.info("%s is gone for %.0f s: its blocks are forgotten", worker, self._gone_seconds)
-        self._remove(worker)
-        self._seen.pop(worker, None)
-        self._owners.pop(worker, None)
+        log.info("%s is gone for %.0f s: its blocks are forgotten", worker.name, self._gone_seconds)
+        self._empty(worker)
+        del self._workers[worker.name]
         for source in self._nats:
-            source.forget(worker)
+            source.forget(worker.name)
         for address in self._addresses.values():
-            if address.name == worker:  # somebody configured it: it may come back
-                self._seen[worker] = time.monotonic()
-                self._listen_to_vllm(address)
+            if address.name == worker.name:  # somebody configured it: it may come back
+                self._worker(worker.name).seen = time.monotonic()
+                self._at(address, self._listen_to_vllm)
 
-    def _remove(self, worker: str) -> None:
-        """Its listeners and its blocks."""
-        for key in [key for key in self._listeners if key[1] == worker]:
-            self.pipeline.forget(self._listeners.pop(key))
-        self.pipeline.on_index_thread(lambda: self.index.remove_worker(worker))
+    def _empty(self, worker: _Worker, *, blocks: bool = True) -> None:
+        """Its listeners go, and its blocks."""
+        while worker.listeners:
+            self.pipeline.forget(worker.listeners.popitem()[1])
+        if blocks:
+            self.pipeline.on_index_thread(lambda: self.index.remove_worker(worker.name))
 
 
 def _nats_source(url: str, index: Index, pipeline: Pipeline) -> NatsSource:

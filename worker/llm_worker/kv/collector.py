@@ -354,6 +354,13 @@ FLEET_FAMILIES = (
         "Workers by health. disconnected: a listener of the worker is not connected; stale: all "
         "are, but blocks of a rank cannot be trusted; ok: neither.",
     ),
+    Family(
+        "fleet_round_failures_total",
+        "counter",
+        (),
+        "Rounds through the fleet that broke, and addresses within a round that could not be "
+        "opened or followed; each is tried again a second later.",
+    ),
 )
 MERGE_FAMILIES = (
     Family(
@@ -411,9 +418,10 @@ class KvCollector:
         merges: Callable[[], Iterable[MergeStats]] = _none,
         crashes: Callable[[], int] = int,
         fleet: bool = False,
+        round_failures: Callable[[], int] = int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``fleet`` adds what only the service tells."""
+        """``fleet`` adds what only the service tells, ``round_failures`` among it."""
         self._index = index
         self._listeners = listeners
         self._planes = planes
@@ -421,6 +429,7 @@ class KvCollector:
         self._merges = merges
         self._crashes = crashes
         self._fleet = fleet
+        self._round_failures = round_failures
         self._clock = clock
         self._walk_due = float("-inf")
         self._walked: tuple[int, int, int] = (0, 0, 0)  # bytes, unique, held
@@ -475,6 +484,7 @@ class KvCollector:
         health = Counter(worker_health(sources, listeners).values())
         for name in WORKER_HEALTH:
             page.gauge("fleet_workers", (name,), health[name])
+        page.counter("fleet_round_failures_total", (), self._round_failures())
         yield from page
 
 
