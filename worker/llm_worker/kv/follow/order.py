@@ -95,7 +95,7 @@ class Order:
         if self.is_unheard():
             self.holdback.hold(sequence, payload)
             if self.recovery.state is State.FOLLOWING:
-                self.recovery.begin(Event.HOLE, sequence)
+                self.recovery.begin(Event.HOLE, self.start())
             return
         self.write(sequence, payload, wall)
         self._stats.batches_applied += 1
@@ -158,7 +158,7 @@ class Order:
     def miss(self) -> None:
         """Batches from the next one on are missing."""
         self._stats.gaps["gap"] += 1
-        self.recovery.begin(Event.HOLE, self.next)
+        self.recovery.begin(Event.HOLE, self.start())
 
     def give_up_until(self, sequence: int) -> None:
         """What is missing before ``sequence`` cannot be had."""
@@ -217,21 +217,27 @@ class Order:
         else:
             self.recovery.begin(Event.DOUBT, self.next - 1)
 
+    def start(self) -> int:
+        """From where to ask for what is missing.
+
+        With the last batch applied, where numbers alone do not tell who answers: it may be another
+        process already, though this connection has not broken yet.
+        """
+        assert self.next is not None
+        told = self.numbers.tell_process or self.writer.witness is None
+        return self.next if told else self.next - 1
+
     def is_other_process(self, sequence: int, payload: bytes) -> bool:
         """Whether a reply is another process's than the batches so far."""
         if self.next is None:
             return False  # there were none
         if not self.numbers.may_be_one_process(sequence, self.next):
             return True
-        if (
-            self.recovery.state is not State.RESUME
-            or sequence != self.next - 1
-            or self.numbers.tell_process
-        ):
+        witness = self.writer.witness
+        if witness is None or sequence != witness[0] or self.numbers.tell_process:
             return False
         made = self.writer.made(payload)
-        # None: as undecodable as it was then.
-        return made is not None and made != self._stats.last_batch_timestamp_seconds
+        return made is not None and made != witness[1]
 
     def identified(self, sequence: int) -> None:
         """The first reply is here, and of the process that we know if we know any."""
