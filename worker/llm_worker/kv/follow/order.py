@@ -177,7 +177,7 @@ class Order:
                 self.next = number
             if payload is not None:
                 if self.is_unheard():  # and the publisher has forgotten what it was asked for
-                    self._doubt_identity()
+                    self.doubt_identity()
                 self.write(number, payload)
                 self._stats.batches_late += 1
 
@@ -215,7 +215,7 @@ class Order:
         if self.next is None:
             self.recovery.begin(Event.UNKNOWN, 0)
         else:
-            self.recovery.begin(Event.DOUBT, self.next - 1)
+            self.recovery.begin(Event.DOUBT, min(self.start(), self.next - 1))
 
     def start(self) -> int:
         """From where to ask for what is missing.
@@ -224,8 +224,8 @@ class Order:
         process already, though this connection has not broken yet.
         """
         assert self.next is not None
-        told = self.numbers.tell_process or self.writer.witness is None
-        return self.next if told else self.next - 1
+        witness = self.writer.witness
+        return self.next if self.numbers.tell_process or witness is None else witness[0]
 
     def is_other_process(self, sequence: int, payload: bytes) -> bool:
         """Whether a reply is another process's than the batches so far."""
@@ -257,10 +257,11 @@ class Order:
         """
         if self.doubtful:
             self.doubtful = False
-            self._doubt_identity()
+            self.doubt_identity()
             self._source.trust.reached()
 
-    def _doubt_identity(self) -> None:
+    def doubt_identity(self) -> None:
+        """Whose the batches are was not told."""
         # A plane's number tells it, but for a batch of the dead process that was still queued.
         if self._replayable or not self.numbers.tell_process:
             self.writer.doubt(self._source.trust.lost)

@@ -241,9 +241,10 @@ class Stream:
                 # A hole in the answer: 0.32 leaves out its middle.
                 self._holdback.hold(sequence, payload)
                 return
-            # The publisher's memory begins here.
+            # The publisher's memory begins here, behind the batch that would show who it is.
             recovery.outcome = "aged_out"
             self._order.give_up_until(sequence)
+            self._order.doubt_identity()
         if recovery.state is State.TAIL:
             self.stats.gaps["gap"] += 1
             recovery.on(Event.HOLE)
@@ -309,7 +310,7 @@ class Stream:
         elif recovery.state is State.INITIAL or self.next is None:
             recovery.ask(0, recovery.backoff_seconds())
         elif recovery.state is State.RESUME:
-            recovery.ask(self.next - 1, recovery.backoff_seconds())
+            recovery.ask(min(self._order.start(), self.next - 1), recovery.backoff_seconds())
         else:
             recovery.ask(self._order.start(), recovery.backoff_seconds())
 
