@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
 
-from llm_worker.kv.index.index import Index, Source
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash, encode
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
+from llm_worker.kv.wire import encode
 
 T = TypeVar("T")
 BLOCK_SIZE = 16

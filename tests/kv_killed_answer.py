@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.kv.wire import BlockStored, encode
+from llm_worker.kv.records import BlockStored
+from llm_worker.kv.wire import encode
 
 BATCHES = 50_000  # of an answer: more than is read at once
 WAIT_SECONDS = 20.0

@@ -39,8 +39,9 @@ from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.nats_plane import NatsPlane
 from llm_worker.kv.plane.transport import EventSocket
 from llm_worker.kv.plane.zmq_plane import ZmqPlane
+from llm_worker.kv.records import AllBlocksCleared, BlockStored
 from llm_worker.kv.stats import AuditStats
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, encode
+from llm_worker.kv.wire import encode
 from llm_worker.metrics import Metrics
 from worker_process import free_ports
 

@@ -20,9 +20,11 @@ import zmq
 import waiting
 from kv_publisher import ListenerProcess, Publisher, ending
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.kv.wire import MAX_PAYLOAD_BYTES, BlockStored, Hash, encode
+from llm_worker.kv.records import BlockStored, Hash
+from llm_worker.kv.wire import MAX_PAYLOAD_BYTES, encode
 
 pytestmark = pytest.mark.needs("vllm")
 

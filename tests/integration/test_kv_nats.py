@@ -18,10 +18,11 @@ import pytest
 from kv_fleet import BLOCK_SIZE, Worker, same, until
 from llm_worker.fleet import nats_reader as nats_source
 from llm_worker.fleet.nats_reader import NatsSource
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.plane import nats_plane
 from llm_worker.kv.plane.nats_plane import NatsPlane
-from llm_worker.kv.wire import BlockStored, Event, Hash
+from llm_worker.kv.records import BlockStored, Event, Hash
 from nats_process import NatsServer, Proxy
 from worker_process import WorkerProcess, free_ports
 

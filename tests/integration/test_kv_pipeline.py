@@ -12,12 +12,14 @@ import pytest
 import zmq
 
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import BlockSink, Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink, Source
 from llm_worker.kv.index.trust import Trust
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.transport import EventSocket
+from llm_worker.kv.records import BlockStored, Event, Hash
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.wire import BlockStored, Event, Hash, encode
+from llm_worker.kv.wire import encode
 from waiting import until
 
 

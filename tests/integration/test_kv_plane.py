@@ -18,8 +18,9 @@ from llm_worker.fleet.fleet import Fleet
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.zmq_plane import ZmqPlane
+from llm_worker.kv.records import AllBlocksCleared
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
-from llm_worker.kv.wire import AllBlocksCleared, Decoder
+from llm_worker.kv.wire import Decoder
 from llm_worker.settings import endpoint
 from llm_worker.settings.fleet import FleetConfig
 from worker_process import free_ports

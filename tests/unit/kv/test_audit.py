@@ -14,8 +14,9 @@ import pytest
 from llm_worker.kv.follow.stream import Stream
 from llm_worker.kv.index.audit import Auditor, digest, unpacked
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import AllBlocksCleared, BlockStored
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Decoder, encode
+from llm_worker.kv.wire import Decoder, encode
 from llm_worker.serving import core_truth as truth
 from waiting import until
 

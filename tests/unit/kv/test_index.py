@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.index.index import (
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import (
     MAX_LANES,
     MAX_NAME_CHARACTERS,
     MAX_TIPS,
     MISS_REASONS,
     SWEEP_LANES,
-    Index,
     Source,
 )
-from llm_worker.kv.wire import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
+from llm_worker.kv.records import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 
 def stored(*hashes: int | bytes, parent: int | bytes | None = None, **where: object) -> BlockStored:
@@ -57,8 +57,8 @@ def state(source: Source) -> dict[tuple[object, ...], int]:
 def consistent(source: Source) -> bool:
     """The laws that hold after every event, for an index of this source alone."""
     stats, held = source.stats, sum(source.blocks().values())
-    index = source._index
-    if index.max_blocks is not None and index.room_blocks + held != index.max_blocks:
+    budget = source._budget
+    if budget.max_blocks is not None and budget.room_blocks + held != budget.max_blocks:
         return False
     ledger = stats.stored_blocks - stats.removed_blocks - stats.cleared_blocks
     return held == ledger and all(
@@ -354,8 +354,10 @@ def test_a_match_is_of_one_adapter_and_group_and_of_any_kind_of_hash() -> None:
 )
 def test_a_match_says_why_it_ends(events: list[Event], blocks: int, reason: str | None) -> None:
     """A person who asks why a worker was not chosen gets an answer."""
-    source = source_of(*events)
-    (held,) = [h for h in source._index.match([1, 2, 3], misses=True) if h.medium == "gpu"]
+    index = Index()
+    source = index.source("worker", 0)
+    source.apply(events)
+    (held,) = [h for h in index.match([1, 2, 3], misses=True) if h.medium == "gpu"]
     assert (held.blocks, held.miss) == (blocks, reason)
     assert reason is None or reason in MISS_REASONS
 

@@ -11,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.follow.merge import MergedRank
-from llm_worker.kv.index.index import BlockSink, Index
-from llm_worker.kv.wire import (
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    Decoder,
-    Event,
-    encode,
-)
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from llm_worker.kv.wire import Decoder, encode
 
 
 class Taken:
@@ -154,9 +149,9 @@ def test_adapters_that_the_index_has_no_lane_for_are_not_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are as many as the publisher likes, and would take no room of the index's."""
-    for module in ("follow.merge", "index.index"):
+    for module in ("follow.merge", "index.source"):
         monkeypatch.setattr(f"llm_worker.kv.{module}.MAX_LANES", 2)
-    monkeypatch.setattr("llm_worker.kv.index.index.SWEEP_LANES", 2)
+    monkeypatch.setattr("llm_worker.kv.index.source.SWEEP_LANES", 2)
     rank = rank_of()
     for number in range(5):
         event = BlockStored(hashes=[number], block_size=16, adapter=str(number))

@@ -14,8 +14,8 @@ from llm_worker.kv import collector as metrics
 from llm_worker.kv import stats
 from llm_worker.kv.collector import FAMILIES, PREFIX, KvCollector
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import BlockRemoved, BlockStored
 from llm_worker.kv.stats import AuditStats, ListenerStats, MergeStats, PlaneStats
-from llm_worker.kv.wire import BlockRemoved, BlockStored
 from llm_worker.metrics import Metrics
 
 # Dashboards, rules and other people's queries rely on these.

@@ -15,8 +15,8 @@ from starlette.testclient import TestClient
 
 from llm_worker.kv import routes
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import BlockStored, Hash
 from llm_worker.kv.stats import ListenerStats, PlaneStats
-from llm_worker.kv.wire import BlockStored, Hash
 
 
 def index_of(**workers: Sequence[Hash]) -> Index:

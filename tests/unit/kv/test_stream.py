@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from llm_worker.kv.follow.listener import connectable
 from llm_worker.kv.follow.recovery import ATTEMPTS
 from llm_worker.kv.follow.stream import Stream
-from llm_worker.kv.index.index import BlockSink, Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink, Source
 from llm_worker.kv.plane.topics import EPOCH_BITS
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
+from llm_worker.kv.wire import encode
 
 UNKNOWN = b"\x93\xcb\x40\x59\x00\x00\x00\x00\x00\x00\x91\x81\xa4type\xa4Nope\xc0"
 

@@ -17,8 +17,9 @@ from llm_worker.kv.follow.recovery import Event as RecoveryEvent
 from llm_worker.kv.follow.stream import Stream
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.plane.topics import EPOCH_BITS
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
+from llm_worker.kv.wire import encode
 
 SEEDS = 1500  # of each kind: about a second
 Message = tuple[int, bytes]

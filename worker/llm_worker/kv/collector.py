@@ -41,7 +41,8 @@ from llm_worker.kv.stats import (
 )
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import Index, Source
+    from llm_worker.kv.index.index import Index
+    from llm_worker.kv.index.source import Source
 
 PREFIX = "llm_worker_kv_"
 

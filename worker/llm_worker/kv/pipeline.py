@@ -23,7 +23,8 @@ import zmq
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.follow.merge import ENGINE, MergedRank
 from llm_worker.kv.follow.writer import Outlet as StreamOutlet
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.stats import ListenerStats, MergeStats, PlaneStats
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
+from llm_worker.kv.records import GPU, AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 from llm_worker.kv.stats import MergeStats
-from llm_worker.kv.wire import GPU, AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 
 _Place: TypeAlias = tuple[str, int]  # medium and group: all that a removal says
 _Lane: TypeAlias = tuple[str, int, str | None]  # and the adapter

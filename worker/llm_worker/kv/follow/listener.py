@@ -24,7 +24,7 @@ from zmq.utils.monitor import parse_monitor_message
 from llm_worker.kv.follow.recovery import ReplayRequest
 from llm_worker.kv.follow.stream import Stream
 from llm_worker.kv.follow.writer import Outlet
-from llm_worker.kv.index.index import BlockSink
+from llm_worker.kv.index.source import BlockSink
 from llm_worker.kv.plane.transport import END_SEQUENCE, SNAPSHOT
 from llm_worker.kv.stats import ListenerStats
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 
 from llm_worker.kv.follow.consolidator import Consolidator
 from llm_worker.kv.follow.writer import Outlet
-from llm_worker.kv.index.index import MAX_LANES, MAX_NAME_CHARACTERS, Lane, Source
+from llm_worker.kv.index.source import MAX_LANES, MAX_NAME_CHARACTERS, Lane, Source
+from llm_worker.kv.records import ALL_MEDIA, AllBlocksCleared, Event
 from llm_worker.kv.stats import MergeStats
-from llm_worker.kv.wire import ALL_MEDIA, AllBlocksCleared, Event, encode
+from llm_worker.kv.wire import encode
 
 ENGINE = "engine"  # the part that every rank has
 

@@ -14,7 +14,7 @@ from llm_worker.kv.follow.holdback import Holdback
 from llm_worker.kv.follow.numbering import EngineNumbers, EpochNumbers, Numbering
 from llm_worker.kv.follow.recovery import UNIDENTIFIED, Event, Recovery, State
 from llm_worker.kv.follow.writer import Outlet, Writer
-from llm_worker.kv.index.index import BlockSink
+from llm_worker.kv.index.source import BlockSink
 from llm_worker.kv.stats import ListenerStats
 
 

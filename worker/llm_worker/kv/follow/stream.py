@@ -27,7 +27,7 @@ from llm_worker.kv.follow.recovery import (
     State,
 )
 from llm_worker.kv.follow.writer import Outlet
-from llm_worker.kv.index.index import BlockSink
+from llm_worker.kv.index.source import BlockSink
 from llm_worker.kv.stats import ListenerStats
 
 

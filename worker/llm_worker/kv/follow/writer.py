@@ -10,17 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from llm_worker.kv.follow.numbering import Numbering
-from llm_worker.kv.index.index import BlockSink
+from llm_worker.kv.index.source import BlockSink
+from llm_worker.kv.records import ALL_MEDIA, AllBlocksCleared, Event
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import (
-    ALL_MEDIA,
-    AllBlocksCleared,
-    Batch,
-    Decoder,
-    Event,
-    WireError,
-    encode,
-)
+from llm_worker.kv.wire import Batch, Decoder, WireError, encode
 
 LAG_MAX_SECONDS = 86_400.0  # what a publisher says beyond that is no time
 

@@ -20,9 +20,9 @@ from functools import reduce
 from operator import xor
 from typing import Any, Protocol
 
-from llm_worker.kv.index.index import BlockSink
+from llm_worker.kv.index.source import BlockSink
+from llm_worker.kv.records import GPU, Hash
 from llm_worker.kv.stats import AuditStats, ListenerStats
-from llm_worker.kv.wire import GPU, Hash
 
 log = logging.getLogger(__name__)
 

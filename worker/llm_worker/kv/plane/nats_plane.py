@@ -31,11 +31,11 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 
 from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.nats_connection import RETRY_SECONDS, TROUBLE, stay_connected, wait
+from llm_worker.kv.records import Event
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.wire import Event
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import BlockSink, Source
+    from llm_worker.kv.index.source import BlockSink, Source
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Event, encode
+from llm_worker.kv.records import AllBlocksCleared, BlockStored, Event
+from llm_worker.kv.wire import encode
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import Source
+    from llm_worker.kv.index.source import Source
 
 EPOCH_BITS = 32
 COUNTER_MASK = (1 << EPOCH_BITS) - 1

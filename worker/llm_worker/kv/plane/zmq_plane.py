@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.transport import EventSocket, Message
+from llm_worker.kv.records import Event
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.wire import Event
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import BlockSink, Source
+    from llm_worker.kv.index.source import BlockSink, Source
 
 
 class ZmqPlane:
