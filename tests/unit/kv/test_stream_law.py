@@ -137,12 +137,12 @@ class History:
     def hear(self, messages: list[Message]) -> None:
         self.stream.live([(number.to_bytes(8, "big"), data) for number, data in messages], 0.0)
 
-    def answer(self) -> None:
+    def answer(self, *, holes: bool = True) -> None:
         """The living process answers the present question, more or less."""
         request, dice = self.stream.request, self.dice
         if request is None:
             return
-        how = dice.choice(["whole", "whole", "failed", "cut", "holed"])
+        how = dice.choice(["whole", "whole", "failed", "cut", "holed" if holes else "whole"])
         if not self.replayable or how == "failed":
             self.stream.replay_failed(dice.choice(["timeout", "unavailable"]))
             return
@@ -192,6 +192,14 @@ class History:
         read = dice.randrange(len(left) + 1)
         restarts = dice.random() < 0.5
         self.hear(left[:read])
+        if restarts and dice.random() < 0.3:
+            # Its successor answers before that is noticed, and does not leave out just the batch
+            # that shows it.
+            left, read, restarts = [], 0, False
+            self.restart()
+            self.on_the_way = []
+            self.answer(holes=False)
+            self.answer(holes=False)
         self.stream.disconnected()
         self.obey_the_law()
         left = left[read:]
@@ -203,13 +211,17 @@ class History:
                 self.stream.replay_failed("timeout")
                 self.obey_the_law()
         if restarts:
-            self.shuffles = False
-            first = self.process.first + (1 << EPOCH_BITS) if self.planes else 0
-            self.process = Process(first, self.memory, self.process.clock)
-            for _ in range(dice.choice([0, 0, 1, 5, len(self.steps)])):
-                self.publish()
+            self.restart()
         self.on_the_way = left[read:] if self.replayable and dice.random() < 0.5 else []
         self.stream.connected()
+
+    def restart(self) -> None:
+        """Another process takes its place, and may be further than it was."""
+        self.shuffles = False
+        first = self.process.first + (1 << EPOCH_BITS) if self.planes else 0
+        self.process = Process(first, self.memory, self.process.clock)
+        for _ in range(self.dice.choice([0, 0, 1, 5, len(self.steps)])):
+            self.publish()
 
     def settle(self) -> None:
         """Nothing goes wrong any more, and there is time."""

@@ -95,7 +95,7 @@ class Order:
         if self.is_unheard():
             self.holdback.hold(sequence, payload)
             if self.recovery.state is State.FOLLOWING:
-                self.recovery.begin(Event.HOLE, sequence)
+                self.recovery.begin(Event.HOLE, self.start())
             return
         self.write(sequence, payload, wall)
         self._stats.batches_applied += 1
@@ -158,7 +158,7 @@ class Order:
     def miss(self) -> None:
         """Batches from the next one on are missing."""
         self._stats.gaps["gap"] += 1
-        self.recovery.begin(Event.HOLE, self.next)
+        self.recovery.begin(Event.HOLE, self.start())
 
     def give_up_until(self, sequence: int) -> None:
         """What is missing before ``sequence`` cannot be had."""
@@ -177,7 +177,7 @@ class Order:
                 self.next = number
             if payload is not None:
                 if self.is_unheard():  # and the publisher has forgotten what it was asked for
-                    self._doubt_identity()
+                    self.doubt_identity()
                 self.write(number, payload)
                 self._stats.batches_late += 1
 
@@ -215,7 +215,17 @@ class Order:
         if self.next is None:
             self.recovery.begin(Event.UNKNOWN, 0)
         else:
-            self.recovery.begin(Event.DOUBT, self.next - 1)
+            self.recovery.begin(Event.DOUBT, min(self.start(), self.next - 1))
+
+    def start(self) -> int:
+        """From where to ask for what is missing.
+
+        With the last batch applied, where numbers alone do not tell who answers: it may be another
+        process already, though this connection has not broken yet.
+        """
+        assert self.next is not None
+        witness = self.writer.witness
+        return self.next if self.numbers.tell_process or witness is None else witness[0]
 
     def is_other_process(self, sequence: int, payload: bytes) -> bool:
         """Whether a reply is another process's than the batches so far."""
@@ -223,15 +233,11 @@ class Order:
             return False  # there were none
         if not self.numbers.may_be_one_process(sequence, self.next):
             return True
-        if (
-            self.recovery.state is not State.RESUME
-            or sequence != self.next - 1
-            or self.numbers.tell_process
-        ):
+        witness = self.writer.witness
+        if witness is None or sequence != witness[0] or self.numbers.tell_process:
             return False
         made = self.writer.made(payload)
-        # None: as undecodable as it was then.
-        return made is not None and made != self._stats.last_batch_timestamp_seconds
+        return made is not None and made != witness[1]
 
     def identified(self, sequence: int) -> None:
         """The first reply is here, and of the process that we know if we know any."""
@@ -251,10 +257,11 @@ class Order:
         """
         if self.doubtful:
             self.doubtful = False
-            self._doubt_identity()
+            self.doubt_identity()
             self._source.trust.reached()
 
-    def _doubt_identity(self) -> None:
+    def doubt_identity(self) -> None:
+        """Whose the batches are was not told."""
         # A plane's number tells it, but for a batch of the dead process that was still queued.
         if self._replayable or not self.numbers.tell_process:
             self.writer.doubt(self._source.trust.lost)

@@ -111,7 +111,7 @@ class Recovery:
 
     __slots__ = (
         "_asked", "applied", "attempts", "outcome", "reachable", "replies", "request",
-        "snapshot_at", "snapshot_understood", "state",
+        "snapshot_at", "snapshot_understood", "state", "witnessed",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -119,8 +119,9 @@ class Recovery:
         self.request: ReplayRequest | None = None
         self.reachable = True  # there is a connection: without one nobody is asked
         self.attempts = 0  # in a row, without progress
-        self.replies = 0  # to the present question
+        self.replies = 0  # to the present question, that bring something new
         self.applied = 0  # of those
+        self.witnessed = False  # the last batch that was applied came again, from the same process
         self.outcome = "complete"  # of stats.REPLAY_OUTCOMES
         self.snapshot_at: int | None = None  # the number at which the snapshot's pieces are true
         self.snapshot_understood = True  # no piece of it was dropped
@@ -144,6 +145,7 @@ class Recovery:
     def ask(self, start: int | None, delay_seconds: float = 0.0) -> None:
         """Put a question, or put it again."""
         self.replies = self.applied = 0
+        self.witnessed = False
         self.snapshot_at, self.snapshot_understood = None, True
         self._asked += 1
         self.request = ReplayRequest(self._asked, start, delay_seconds) if self.reachable else None

@@ -116,7 +116,7 @@ class Stream:
         if self.next is None or self._order.doubtful:
             self._order.ask_who()
         else:
-            self._recovery.begin(Event.QUIET, self.next)
+            self._recovery.begin(Event.QUIET, self._order.start())
 
     def check_stale(self) -> None:
         """Try again to make a stale index true; nothing to do for an engine's own stream."""
@@ -151,7 +151,6 @@ class Stream:
         recovery = self._recovery
         if recovery.state is State.FOLLOWING:
             return
-        recovery.replies += 1
         if recovery.state is State.SNAPSHOT:
             self._snapshot_piece(sequence, payload)
         elif self._order.is_other_process(sequence, payload):
@@ -234,15 +233,18 @@ class Stream:
         assert self.next is not None
         recovery = self._recovery
         if sequence < self.next:
+            recovery.witnessed = True
             return
+        recovery.replies += 1
         if sequence > self.next:
-            if recovery.applied or recovery.replies > 1:
+            if recovery.applied or recovery.replies > 1 or recovery.witnessed:
                 # A hole in the answer: 0.32 leaves out its middle.
                 self._holdback.hold(sequence, payload)
                 return
-            # The publisher's memory begins here.
+            # The publisher's memory begins here, behind the batch that would show who it is.
             recovery.outcome = "aged_out"
             self._order.give_up_until(sequence)
+            self._order.doubt_identity()
         if recovery.state is State.TAIL:
             self.stats.gaps["gap"] += 1
             recovery.on(Event.HOLE)
@@ -307,9 +309,10 @@ class Stream:
             recovery.ask(None, recovery.backoff_seconds())
         elif recovery.state is State.INITIAL or self.next is None:
             recovery.ask(0, recovery.backoff_seconds())
+        elif recovery.state is State.RESUME:
+            recovery.ask(min(self._order.start(), self.next - 1), recovery.backoff_seconds())
         else:
-            last = recovery.state is State.RESUME
-            recovery.ask(self.next - last, recovery.backoff_seconds())
+            recovery.ask(self._order.start(), recovery.backoff_seconds())
 
     def _count_failure(self, outcome: str) -> None:
         if self._recovery.state is not State.TAIL:

@@ -41,6 +41,7 @@ class Writer:
     ) -> None:
         self.at: int | None = None  # the batch in hand, where one broke something
         self.timestamp = 0.0  # of the last batch applied, the publisher's; 0: there was none
+        self.witness: tuple[int, float] | None = None  # number and time of the last one applied
         self.doubted = False  # something was doubted since somebody looked
         self._source = source
         self._stats = stats
@@ -150,7 +151,7 @@ class Writer:
     def forget_process(self) -> None:
         """Another process publishes."""
         self.clear(self.timestamp)
-        self.timestamp = 0.0
+        self.timestamp, self.witness = 0.0, None
         self.doubted = False
 
     def decoded(self, payload: bytes) -> Batch | None:
@@ -180,6 +181,7 @@ class Writer:
         self._stats.sequence = sequence
         self._stats.last_batch_timestamp_seconds = batch.timestamp
         self.timestamp = batch.timestamp
+        self.witness = (sequence, batch.timestamp)
         if batch.rank != self._rank and batch.rank is not None and self._rank is not None:
             self.doubt(self._source.trust.name_shared)
 
