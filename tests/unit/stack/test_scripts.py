@@ -24,7 +24,7 @@ ALL_PHASES = (*phases(0), *phases(1))
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 BAT = ROOT / "start-monitoring.bat"
-COMMANDS = ("up", "down", "test", "check")
+COMMANDS = ("up", "down", "test", "check", "new-alert")
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
