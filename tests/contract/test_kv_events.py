@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from llm_worker.kv.index.index import Index, Source
-from llm_worker.kv.wire import (
-    HASH_MASK,
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    Decoder,
-    Hash,
-    encode,
-)
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
+from llm_worker.kv.records import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Hash
+from llm_worker.kv.wire import Decoder, encode
 
 RECORDINGS = Path(__file__).parent / "kv_events"
 RELEASES = sorted(path.stem for path in RECORDINGS.glob("vllm-*.json"))

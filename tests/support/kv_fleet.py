@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
 
-from llm_worker.kv.index.index import Index, Source
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash, encode
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
+from llm_worker.kv.wire import encode
 
 T = TypeVar("T")
 BLOCK_SIZE = 16
@@ -32,11 +34,11 @@ class Worker:
     def __init__(self, name: str, rank: int = 0, index: Index | None = None) -> None:
         self.index = Index() if index is None else index
         self.source = self.index.source(name, rank)
-        self.source.trust()
+        self.source.trust.synchronised()
         self.plane: Plane | None = None
         self._lock = threading.Lock()
 
-    def at_rest(self, ask: Callable[[], T]) -> T:
+    def on_index_thread(self, ask: Callable[[], T]) -> T:
         """What the pipeline offers a plane."""
         with self._lock:
             return ask()

@@ -12,8 +12,8 @@ import random
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
-from llm_worker.kv.index.index import Source
-from llm_worker.kv.wire import Hash
+from llm_worker.kv.index.source import Source
+from llm_worker.kv.records import Hash
 
 BLOCK_SIZE = 4
 

@@ -64,7 +64,7 @@ class WorkerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
-                start_new_session=True,  # a test may signal its process group
+                process_group=0,  # a test may signal it
             )
 
     @property

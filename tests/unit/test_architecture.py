@@ -46,14 +46,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 KV_MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "stats": set(),
-    "wire": set(),
-    "index": {"stats", "wire"},
-    "follow": {"index", "plane", "stats", "wire"},
-    "plane": {"index", "stats", "wire"},
-    "trtllm": {"plane", "stats", "wire"},
+    "records": set(),
+    "wire": {"records"},
+    "index": {"records", "stats"},
+    "follow": {"index", "plane", "records", "stats", "wire"},
+    "plane": {"index", "records", "stats", "wire"},
+    "trtllm": {"plane", "records", "stats"},
     "pipeline": {"follow", "index", "stats"},
-    "routes": {"index", "stats", "wire"},
-    "collector": {"index", "stats"},
+    "routes": {"index", "records", "stats"},
+    "collector": {"index", "plane", "stats"},
     "worker": {"collector", "follow", "index", "pipeline", "plane", "routes", "stats"},
 }
 MAY_IMPORT_VLLM = {"serving"}

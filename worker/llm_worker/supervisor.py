@@ -13,7 +13,7 @@ outlive a crash of the others: the system server's listening socket, the board, 
   lose and is ended. Asked once more: serving is told to hurry.
 * The supervisor is killed: the kernel ends both others, and the engine with them.
 
-Both live in sessions of their own, so that a terminal's Ctrl-C and a signal to the process group
+Both are process groups of their own, so that a terminal's Ctrl-C and a signal to our process group
 arrive here alone. Standard library only, and no thread: there is nothing in it that can crash.
 """
 
@@ -264,7 +264,9 @@ class Supervisor:
             ],
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
-            start_new_session=True,  # see above
+            # Not a session: Linux schedules each as one, and an engine whose processes spin would
+            # starve the thread of its own that sends tokens, for seconds.
+            process_group=0,
         )  # fmt: skip
 
     def _clean_up(self) -> None:

@@ -17,9 +17,11 @@ import pytest
 
 from llm_worker.kv.follow.consolidator import Consolidator
 from llm_worker.kv.follow.stream import Stream
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
+from llm_worker.kv.records import Hash
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import Decoder, Hash
+from llm_worker.kv.wire import Decoder
 from llm_worker.serving import core_truth as truth
 
 pytestmark = pytest.mark.needs("vllm")

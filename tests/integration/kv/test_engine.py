@@ -15,9 +15,10 @@ import httpx
 import pytest
 
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.kv.wire import Hash
+from llm_worker.kv.records import Hash
 from llm_worker.serving.tiny import CONFIG
 from support.waiting import until
 from support.worker_process import WorkerProcess, free_ports

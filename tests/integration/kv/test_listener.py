@@ -6,17 +6,22 @@ After each the index is the publisher's truth or marked stale, and the counters 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.pipeline import Pipeline
-from llm_worker.kv.wire import MAX_PAYLOAD_BYTES, BlockStored, Hash, encode
+from llm_worker.kv.records import BlockStored, Hash
+from llm_worker.kv.wire import MAX_PAYLOAD_BYTES, encode
 from support.kv_publisher import ListenerProcess, Publisher, ending
 from support.waiting import until
 
@@ -177,8 +182,7 @@ def test_without_a_replay_endpoint_a_late_listener_is_marked_and_goes_on(
     assert listener.source.stale == {"missed_first"}
     one.publish([("clear", [])], [("store", [7])])
     until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
-    if given:
-        assert listener.stats.replays["unavailable"] >= 1
+    assert listener.stats.replays["timeout" if given else "unavailable"] >= 1
 
 
 def test_one_rank_of_two_dies_and_comes_back(publisher: Start, pipeline: Pipeline) -> None:
@@ -211,6 +215,23 @@ def test_a_clear_of_ours_empties_the_index_at_once(publisher: Start, pipeline: P
     assert held(listener) == set()
     one.publish([("clear", []), ("store", [9])])
     until("the index to hold what the engine does, trusted", lambda: is_true(listener, one))
+
+
+def test_a_publisher_that_is_killed_while_it_answers_costs_its_answer_only() -> None:
+    """Not the listener's process, which libzmq would abort if the socket that asks were told to
+    drop its connection at once.
+    """
+    program = Path(__file__).resolve().parents[2] / "support/kv_killed_answer.py"
+    done = subprocess.run(
+        [sys.executable, str(program), "25"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    rounds = done.stdout.split()
+    assert done.returncode == 0, (len(rounds), done.returncode, done.stderr[-500:])
+    assert len(rounds) == 25
 
 
 class Hostile:

@@ -9,7 +9,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from llm_worker.kv.index.index import Source
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.routes import reading
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.worker import EventSource, WorkerKv

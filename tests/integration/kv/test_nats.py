@@ -17,10 +17,11 @@ import pytest
 
 from llm_worker.fleet import nats_reader as nats_source
 from llm_worker.fleet.nats_reader import NatsSource
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.plane import nats_plane
 from llm_worker.kv.plane.nats_plane import NatsPlane, stream_name
-from llm_worker.kv.wire import BlockStored, Event, Hash
+from llm_worker.kv.records import BlockStored, Event, Hash
 from support.kv_fleet import BLOCK_SIZE, Worker, same
 from support.nats_process import NatsServer, Proxy
 from support.waiting import until
@@ -103,7 +104,7 @@ def plane(worker: Worker, url: str, **options: float) -> NatsPlane:
     made = NatsPlane(
         url,
         sources=worker.index.sources,
-        at_rest=worker.at_rest,
+        on_index_thread=worker.on_index_thread,
         **options,  # type: ignore[arg-type]
     )
     worker.plane = made
@@ -351,7 +352,7 @@ def test_an_error_that_the_server_reports_costs_the_fleet_a_connection(
     stuck.plane = NatsPlane(
         server.url,
         sources=lambda: stuck.index.sources() if runs.wait() else [],
-        at_rest=stuck.at_rest,
+        on_index_thread=stuck.on_index_thread,
     )
     stuck.store()
     until("its stream", lambda: stuck.plane.stats.acknowledged_batches == 1)  # type: ignore[union-attr]
@@ -540,7 +541,7 @@ def test_a_worker_that_cannot_tell_its_blocks_is_read_from_the_beginning(
     def busy(_: Callable[[], T]) -> T:
         raise TimeoutError
 
-    worker.plane = mine = NatsPlane(server.url, sources=worker.index.sources, at_rest=busy)
+    worker.plane = mine = NatsPlane(server.url, sources=worker.index.sources, on_index_thread=busy)
     blocks = worker.store(700)
     worker.remove(blocks[:100])
     until("all stored", lambda: mine.stats.acknowledged_batches == 701)
@@ -566,12 +567,14 @@ def test_a_reading_from_the_beginning_that_is_interrupted_is_taken_up(
     busy = threading.Event()
     busy.set()
 
-    def at_rest(ask: Callable[[], T]) -> T:
+    def on_index_thread(ask: Callable[[], T]) -> T:
         if busy.is_set():
             raise TimeoutError
-        return worker.at_rest(ask)
+        return worker.on_index_thread(ask)
 
-    worker.plane = mine = NatsPlane(server.url, sources=worker.index.sources, at_rest=at_rest)
+    worker.plane = mine = NatsPlane(
+        server.url, sources=worker.index.sources, on_index_thread=on_index_thread
+    )
     worker.store(400)
     until("all stored", lambda: mine.stats.acknowledged_batches == 400)
     feed = nats_source._Follower._feed

@@ -9,13 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import zmq
 
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import Index, Sink, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink, Source
+from llm_worker.kv.index.trust import Trust
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.transport import EventSocket
+from llm_worker.kv.records import BlockStored, Event, Hash
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.wire import BlockStored, Event, Hash, encode
+from llm_worker.kv.wire import encode
 from support.waiting import until
 
 
@@ -53,7 +57,7 @@ class Outlet:
         self.closed = 0
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         self.got.append(events)
 
@@ -115,14 +119,14 @@ def test_a_listener_that_breaks_reconnects_and_goes_on(
 
 def test_calls_run_between_batches_on_the_thread_and_tell_their_errors(pipeline: Pipeline) -> None:
     """Before it runs and after it ended they run where they are made."""
-    assert pipeline.at_rest(threading.get_ident) == threading.get_ident()
+    assert pipeline.on_index_thread(threading.get_ident) == threading.get_ident()
     pipeline.start()
-    assert pipeline.at_rest(threading.get_ident) != threading.get_ident()
-    assert pipeline.at_rest(lambda: pipeline.at_rest(lambda: 5)) == 5
+    assert pipeline.on_index_thread(threading.get_ident) != threading.get_ident()
+    assert pipeline.on_index_thread(lambda: pipeline.on_index_thread(lambda: 5)) == 5
     with pytest.raises(ZeroDivisionError):
-        pipeline.at_rest(lambda: 1 // 0)
+        pipeline.on_index_thread(lambda: 1 // 0)
     pipeline.close()
-    assert pipeline.at_rest(threading.get_ident) == threading.get_ident()
+    assert pipeline.on_index_thread(threading.get_ident) == threading.get_ident()
 
 
 def hold(pipeline: Pipeline) -> threading.Event:
@@ -135,7 +139,7 @@ def hold(pipeline: Pipeline) -> threading.Event:
 
     def call() -> None:
         with contextlib.suppress(TimeoutError):
-            pipeline.at_rest(wait)
+            pipeline.on_index_thread(wait)
 
     threading.Thread(target=call, daemon=True).start()
     assert began.wait(10)
@@ -151,7 +155,7 @@ def test_a_call_that_was_given_up_is_not_made_later(
     monkeypatch.setattr("llm_worker.kv.pipeline.CALL_SECONDS", 0.1)
     made: list[int] = []
     with pytest.raises(TimeoutError):
-        pipeline.at_rest(lambda: made.append(1))
+        pipeline.on_index_thread(lambda: made.append(1))
     with pytest.raises(TimeoutError):
         listen(pipeline, socket)
     monkeypatch.undo()
@@ -178,7 +182,7 @@ def test_a_call_that_has_begun_is_waited_for(
         time.sleep(0.3)
         return "made"
 
-    assert pipeline.at_rest(slow) == "made"
+    assert pipeline.on_index_thread(slow) == "made"
 
 
 def test_a_listener_is_made_on_the_thread_that_writes_the_index(
@@ -186,18 +190,36 @@ def test_a_listener_is_made_on_the_thread_that_writes_the_index(
 ) -> None:
     """Making it marks its source, which the thread may be writing for another listener."""
     threads: list[str] = []
-    mark = Source.mark_stale
+    following = Trust.following
 
-    def marking(source: Source, reason: str) -> None:
+    def marking(trust: Trust) -> None:
         threads.append(threading.current_thread().name)
-        mark(source, reason)
+        following(trust)
 
-    monkeypatch.setattr(Source, "mark_stale", marking)
+    monkeypatch.setattr(Trust, "following", marking)
     pipeline.start()
     listen(pipeline, socket)
     pipeline.listen(socket.endpoint, None, worker="w", rank=1, part="connector")
     assert threads
     assert set(threads) == {"kv"}
+
+
+def test_a_listener_that_gets_no_sockets_is_no_listener(socket: EventSocket) -> None:
+    """Who asks again, as the fleet does, would leave a dead one behind each time."""
+    with zmq.Context() as context:
+        context.max_sockets = 5  # three a listener
+        pipeline = Pipeline(Index(), context=context)
+        pipeline.start()
+        first = listen(pipeline, socket)
+        for _ in range(3):
+            with pytest.raises(zmq.ZMQError):
+                pipeline.listen(socket.endpoint, None, worker="w", rank=1)
+        assert pipeline.listeners == [first]
+        pipeline.forget(first)
+        again = listen(pipeline, socket)
+        until("the listener to be connected", lambda: again.stats.connected)
+        pipeline.close()
+        assert pipeline.crashes == 0
 
 
 def test_a_clear_goes_to_the_outlets_like_any_event(
@@ -245,7 +267,7 @@ def test_a_listener_can_be_closed_while_its_publisher_goes(pipeline: Pipeline) -
         going.start()
         pipeline.forget(listener)
         going.join()
-    assert pipeline.at_rest(lambda: True)
+    assert pipeline.on_index_thread(lambda: True)
 
 
 def test_a_listener_that_is_forgotten_hears_nothing_more(

@@ -16,8 +16,9 @@ from llm_worker.fleet.fleet import Fleet
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.zmq_plane import ZmqPlane
+from llm_worker.kv.records import AllBlocksCleared
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
-from llm_worker.kv.wire import AllBlocksCleared, Decoder
+from llm_worker.kv.wire import Decoder
 from llm_worker.settings import endpoint
 from llm_worker.settings.fleet import FleetConfig
 from support.kv_fleet import Worker, same
@@ -59,7 +60,7 @@ def plane(
             f"tcp://{host}:{ports[0]}",
             f"tcp://{host}:{ports[1]}",
             sources=worker.index.sources,
-            at_rest=worker.at_rest,
+            on_index_thread=worker.on_index_thread,
             **options,
         )
     )
@@ -273,9 +274,9 @@ def test_what_a_worker_does_not_trust_is_not_trusted_by_the_fleet(
     worker.store(5)
     fleet = fleets(source(worker.plane))  # type: ignore[arg-type]
     until("the fleet to be the same", lambda: same(worker, fleet.index))
-    worker.source.mark_stale("gap")
+    worker.source.trust.gap_opened()
     until("the doubt to arrive", lambda: fleet.index.sources()[0].stale == {"upstream"})
-    worker.source.trust("gap")
+    worker.source.trust.gap_closed()
     until("and to go", lambda: same(worker, fleet.index))
 
 
@@ -290,7 +291,7 @@ def test_two_pipelines_compose_from_an_engines_events_to_the_fleet(
             "tcp://127.0.0.1:0",
             "tcp://127.0.0.1:0",
             sources=index.sources,
-            at_rest=pipeline.at_rest,
+            on_index_thread=pipeline.on_index_thread,
         )
         pipeline.add_outlet(made)
         pipeline.start()

@@ -10,7 +10,8 @@ import pytest
 import zmq
 
 from llm_worker.kv.follow.listener import Listener
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.trtllm.poller import BATCH_EVENTS, Poller
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher

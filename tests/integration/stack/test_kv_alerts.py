@@ -29,7 +29,7 @@ from prometheus_client import CollectorRegistry
 
 from llm_worker.exposition.exposition import Exposition
 from llm_worker.kv.collector import KvCollector
-from llm_worker.kv.follow.stream import CAPACITY_BATCHES
+from llm_worker.kv.follow.holdback import CAPACITY_BATCHES
 from llm_worker.kv.index.audit import Auditor, digest
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
@@ -37,8 +37,9 @@ from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.nats_plane import NatsPlane
 from llm_worker.kv.plane.transport import EventSocket
 from llm_worker.kv.plane.zmq_plane import ZmqPlane
+from llm_worker.kv.records import AllBlocksCleared, BlockStored
 from llm_worker.kv.stats import AuditStats
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, encode
+from llm_worker.kv.wire import encode
 from llm_worker.metrics import Metrics
 from support.places import FIXTURES, ROOT
 from support.waiting import until
@@ -174,7 +175,7 @@ class Healthy(Site):
             ANY_PORT,
             ANY_PORT,
             sources=self.pipeline.index.sources,
-            at_rest=self.pipeline.at_rest,
+            on_index_thread=self.pipeline.on_index_thread,
             buffer_batches=20,  # full of what is kept for replay, and that is right
         )
         self.pipeline.add_outlet(plane)
@@ -324,7 +325,7 @@ class PlaneAway(Site):
         plane = NatsPlane(
             f"nats://127.0.0.1:{free_ports(1)[0]}",
             sources=self.pipeline.index.sources,
-            at_rest=self.pipeline.at_rest,
+            on_index_thread=self.pipeline.on_index_thread,
             buffer_batches=50,
         )
         self.pipeline.add_outlet(plane)
@@ -373,7 +374,7 @@ class Drift(Site):
         self.auditor = Auditor(
             self.truth,
             lambda: self.pipeline.listeners,
-            self.pipeline.at_rest,
+            self.pipeline.on_index_thread,
             interval_seconds=0.2,
         )
         self.closers.append(self.auditor.close)
@@ -421,7 +422,9 @@ class Unproven(Site):
     def build(self) -> None:
         self.engine = self.publisher()
         self.listen(self.engine)
-        self.auditor = Auditor(self.truth, lambda: self.pipeline.listeners, self.pipeline.at_rest)
+        self.auditor = Auditor(
+            self.truth, lambda: self.pipeline.listeners, self.pipeline.on_index_thread
+        )
 
     def beat(self) -> None:
         self.engine.publish(batch())
@@ -492,7 +495,7 @@ class Behind(Site):
             ANY_PORT,
             ANY_PORT,
             sources=self.pipeline.index.sources,
-            at_rest=self.pipeline.at_rest,
+            on_index_thread=self.pipeline.on_index_thread,
         )
         self.closers.append(self.plane.close)
         self.pipeline.add_outlet(self.plane)

@@ -263,10 +263,12 @@ def test_a_killed_serving_is_unready_at_once_and_leaves_nothing(tmp_path: Path) 
             serving.kill()
             while serving.is_running() and serving.status() != psutil.STATUS_ZOMBIE:
                 pass
-            died = time.monotonic()
+            # By when it was asked: a busy machine's probe may take longer than the verdict.
+            died = asked = told_ready = time.monotonic()
             while probe.get(f"{worker.system}/ready").status_code == 200:
                 assert time.monotonic() - died < 5
-            assert time.monotonic() - died < 0.1
+                told_ready, asked = asked, time.monotonic()
+            assert told_ready - died < 0.1
         assert worker.wait() == 70, worker.log()[-4000:]
         assert not _running(children)
         assert not [segment for segment in segments if segment.exists()]

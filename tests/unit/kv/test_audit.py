@@ -14,8 +14,9 @@ import pytest
 from llm_worker.kv.follow.stream import Stream
 from llm_worker.kv.index.audit import Auditor, digest, unpacked
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import AllBlocksCleared, BlockStored
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Decoder, encode
+from llm_worker.kv.wire import Decoder, encode
 from llm_worker.serving import core_truth as truth
 from support.waiting import until
 
@@ -109,9 +110,10 @@ def test_equality_proves_an_index_that_had_lost_batches() -> None:
     """What was lost did not matter, or was made up for since."""
     rank = Rank()
     rank.index(1)
-    for reason in ("gap", "missed_first", "undecodable", "audit"):
-        rank.source.mark_stale(reason)
-    rank.source.mark_stale("disconnected")
+    trust = rank.source.trust
+    for fact in (trust.lost, trust.missed_first, trust.not_understood, trust.drifted):
+        fact()
+    trust.disconnected()
     assert verdict(auditor(rank, told(1)))["outcome"] == "equal"
     assert rank.source.stale == {"disconnected"}
 
@@ -181,12 +183,12 @@ def test_a_comparison_that_breaks_is_counted_and_not_the_last(
     rank.index(1)
     trouble: list[Exception] = [TimeoutError()] * 3 + [RuntimeError("a bug")] * 3
 
-    def at_rest(call: Any) -> Any:
+    def on_index_thread(call: Any) -> Any:
         if trouble:
             raise trouble.pop(0)
         return call()
 
-    made = Auditor(lambda full: [told(1)], lambda: [rank], at_rest, interval_seconds=0.01)
+    made = Auditor(lambda full: [told(1)], lambda: [rank], on_index_thread, interval_seconds=0.01)
     made.start()
     until("an audit that finds both equal", lambda: made.stats()[0].audits["equal"])
     made.close()

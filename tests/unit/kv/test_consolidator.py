@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.follow.consolidator import Consolidator
-from llm_worker.kv.index.index import Index, Source
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 
 Contents = dict[tuple[str, int, str | None], dict[Hash, Hash | None]]
 

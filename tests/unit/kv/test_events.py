@@ -11,18 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from llm_worker.kv.stats import UNDECODABLE_REASONS
-from llm_worker.kv.wire import (
-    HASH_MASK,
-    MAX_PAYLOAD_BYTES,
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    Decoder,
-    Event,
-    WireError,
-    encode,
-)
+from llm_worker.kv.wire import MAX_PAYLOAD_BYTES, Decoder, WireError, encode
 
 pack = msgspec.msgpack.encode
 HASHES = st.one_of(st.integers(0, HASH_MASK), st.binary(min_size=1, max_size=64))

@@ -12,15 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.index.index import (
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import (
     MAX_LANES,
+    MAX_NAME_CHARACTERS,
     MAX_TIPS,
     MISS_REASONS,
     SWEEP_LANES,
-    Index,
     Source,
 )
-from llm_worker.kv.wire import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
+from llm_worker.kv.records import HASH_MASK, AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 
 def stored(*hashes: int | bytes, parent: int | bytes | None = None, **where: object) -> BlockStored:
@@ -56,8 +57,8 @@ def state(source: Source) -> dict[tuple[object, ...], int]:
 def consistent(source: Source) -> bool:
     """The laws that hold after every event, for an index of this source alone."""
     stats, held = source.stats, sum(source.blocks().values())
-    index = source._index
-    if index.max_blocks is not None and index.room_blocks + held != index.max_blocks:
+    budget = source._budget
+    if budget.max_blocks is not None and budget.room_blocks + held != budget.max_blocks:
         return False
     ledger = stats.stored_blocks - stats.removed_blocks - stats.cleared_blocks
     return held == ledger and all(
@@ -220,13 +221,13 @@ def test_a_clear_forgets_a_rank_or_one_of_its_media() -> None:
 def test_the_bound_is_kept_refusals_are_counted_and_the_source_is_stale() -> None:
     """An index that is full answers less, never more; a clear makes it true again."""
     source = source_of(stored(1, 2, 3), max_blocks=4)
-    source.trust()
+    source.trust.synchronised()
     source.apply([stored(4, 5, 6, parent=3)])
     assert source.hashes() == {1, 2, 3, 4} and source.stats.refused_blocks == 2
     assert source.stale == {"index_full"} and consistent(source)
     source.apply([stored(1), removed(2), stored(7), removed(5)])  # a copy needs no room
     assert source.hashes() == {1, 3, 4, 7} and source.stats.unknown_removed_blocks == 1
-    source.mark_stale("audit")
+    source.trust.drifted()
     source.apply([AllBlocksCleared(), stored(8)])
     assert source.hashes() == {8} and source.stale == {"audit"} and consistent(source)
 
@@ -258,6 +259,17 @@ def test_a_publisher_cannot_make_lanes_without_end() -> None:
     assert "index_full" in source.stale and not source.has_room()
 
 
+def test_names_that_are_no_names_are_not_kept() -> None:
+    """A medium is a label on the page of metrics, and a name takes no room of the bound."""
+    source = source_of(
+        stored(1, medium="m" * 10_000),
+        stored(2, adapter="a" * 10_000),
+        stored(3, medium="m" * MAX_NAME_CHARACTERS, adapter="a" * MAX_NAME_CHARACTERS),
+    )
+    assert source.hashes() == {3} and source.stats.refused_blocks == 2
+    assert "index_full" in source.stale
+
+
 def test_adapters_that_hold_nothing_any_more_cost_nothing() -> None:
     """However many came and went: neither is the bound reached, nor does each removal see them."""
     source = source_of(max_blocks=10)
@@ -285,13 +297,8 @@ def test_a_new_source_is_stale_until_someone_vouches_for_it() -> None:
     """Nothing was received yet: what the engine holds is unknown."""
     source = source_of()
     assert source.stale == {"unsynchronised"}
-    source.mark_stale("gap")
-    source.trust("unsynchronised")
-    assert source.stale == {"gap"}
-    source.trust()
+    source.trust.synchronised()
     assert not source.stale
-    with pytest.raises(ValueError, match="no reason"):
-        source.mark_stale("tired")
 
 
 def test_the_longest_prefix_is_found_per_worker_rank_and_medium() -> None:
@@ -305,7 +312,7 @@ def test_the_longest_prefix_is_found_per_worker_rank_and_medium() -> None:
     }.items():
         index.source(worker, 0).apply(events)
         if worker != "stale":
-            index.source(worker, 0).trust()
+            index.source(worker, 0).trust.synchronised()
     found = index.match([1, 2, 3, 4, 5])
     assert [(held.worker, held.medium, held.blocks) for held in found] == [
         ("long", "gpu", 4),
@@ -347,8 +354,10 @@ def test_a_match_is_of_one_adapter_and_group_and_of_any_kind_of_hash() -> None:
 )
 def test_a_match_says_why_it_ends(events: list[Event], blocks: int, reason: str | None) -> None:
     """A person who asks why a worker was not chosen gets an answer."""
-    source = source_of(*events)
-    (held,) = [h for h in source._index.match([1, 2, 3], misses=True) if h.medium == "gpu"]
+    index = Index()
+    source = index.source("worker", 0)
+    source.apply(events)
+    (held,) = [h for h in index.match([1, 2, 3], misses=True) if h.medium == "gpu"]
     assert (held.blocks, held.miss) == (blocks, reason)
     assert reason is None or reason in MISS_REASONS
 

@@ -11,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.follow.merge import MergedRank
-from llm_worker.kv.index.index import Index, Sink
-from llm_worker.kv.wire import (
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    Decoder,
-    Event,
-    encode,
-)
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from llm_worker.kv.wire import Decoder, encode
 
 
 class Taken:
@@ -29,7 +24,7 @@ class Taken:
         self.payloads: list[bytes] = []
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         assert [type(event) for event in events]
         assert timestamp == 7.0
@@ -73,22 +68,25 @@ def test_clearing_a_part_leaves_what_the_other_holds() -> None:
 
 
 def test_the_source_is_doubted_as_long_as_a_part_is() -> None:
-    """Each part's reasons come and go; the index's own reason is left alone."""
+    """Each part's reasons come and go with what was found out of its own publisher."""
     rank = rank_of()
     engine, connector = rank.part("engine"), rank.part("connector")
-    for part in (engine, connector):
-        part.mark_stale("unsynchronised")
-    engine.trust("unsynchronised")
     assert rank.source.stale == {"unsynchronised"}
-    connector.trust("unsynchronised")
+    engine.trust.synchronised()
+    assert rank.source.stale == {"unsynchronised"}
+    connector.trust.synchronised()
     assert not rank.source.stale
-    rank.source.mark_stale("index_full")
-    engine.mark_stale("gap")
-    connector.mark_stale("gap")
-    engine.trust("gap")
-    assert rank.source.stale == {"gap", "index_full"}
-    connector.trust()
-    assert rank.source.stale == {"index_full"}
+    engine.trust.gap_opened()
+    connector.trust.gap_opened()
+    connector.trust.not_understood()
+    engine.trust.gap_closed()
+    assert rank.source.stale == {"gap", "undecodable"}
+    assert not engine.stale
+    connector.trust.emptied()
+    assert not rank.source.stale
+    rank.source.trust.doubted_upstream(True)
+    engine.trust.caught_up()
+    assert rank.source.stale == {"upstream"}
 
 
 def test_a_parts_clear_tells_whether_it_took_more_than_the_gpus_blocks() -> None:
@@ -111,7 +109,8 @@ def test_the_bound_of_the_index_is_the_merges_own() -> None:
     index = Index(max_blocks=3)
     rank = MergedRank(index.source("worker", 0))
     engine, connector = rank.part("engine"), rank.part("connector")
-    rank.source.trust()
+    engine.trust.synchronised()
+    connector.trust.synchronised()
     engine.apply([stored(1, 2)])
     connector.apply([stored(1, 3, 4, medium="gpu"), stored(5, medium="cpu")])
     assert rank.source.hashes() == {1, 2, 3}
@@ -127,13 +126,32 @@ def test_the_bound_of_the_index_is_the_merges_own() -> None:
     assert index.room_blocks == 3
 
 
+def test_blocks_that_were_refused_stay_missing_when_the_other_publisher_clears() -> None:
+    """The doubt is the part's: its own clear ends it, or nobody's."""
+    index = Index(max_blocks=2)
+    rank = MergedRank(index.source("worker", 0))
+    engine, connector = rank.part("engine"), rank.part("connector")
+    engine.trust.synchronised()
+    connector.trust.synchronised()
+    connector.apply([stored(1, 2, medium="cpu")])
+    engine.apply([stored(10, 11)])
+    assert rank.source.stale == {"index_full"}
+    connector.apply([AllBlocksCleared()])
+    connector.clear()
+    assert not rank.source.hashes()
+    assert rank.source.stale == {"index_full"}  # the engine still holds 10 and 11
+    engine.apply([AllBlocksCleared(), stored(12)])
+    assert rank.source.hashes() == {12}
+    assert not rank.source.stale
+
+
 def test_adapters_that_the_index_has_no_lane_for_are_not_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are as many as the publisher likes, and would take no room of the index's."""
-    for module in ("follow.merge", "index.index"):
+    for module in ("follow.merge", "index.source"):
         monkeypatch.setattr(f"llm_worker.kv.{module}.MAX_LANES", 2)
-    monkeypatch.setattr("llm_worker.kv.index.index.SWEEP_LANES", 2)
+    monkeypatch.setattr("llm_worker.kv.index.source.SWEEP_LANES", 2)
     rank = rank_of()
     for number in range(5):
         event = BlockStored(hashes=[number], block_size=16, adapter=str(number))
@@ -141,6 +159,16 @@ def test_adapters_that_the_index_has_no_lane_for_are_not_remembered(
     assert rank.consolidator.sources() == {"engine": {0: 2}}
     assert rank.source.hashes() == {0, 1}
     assert "index_full" in rank.source.stale
+
+
+def test_names_that_are_no_names_are_not_remembered_either() -> None:
+    """The same bound as the index's own."""
+    rank = rank_of()
+    rank.part("engine").apply([stored(1, medium="m" * 10_000), stored(2)])
+    assert rank.consolidator.sources() == {"engine": {0: 1}}
+    assert rank.source.hashes() == {2}
+    assert rank.source.stats.refused_blocks == 1
+    assert "index_full" in rank.part("engine").stale
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -14,8 +14,8 @@ from llm_worker.kv import collector as metrics
 from llm_worker.kv import stats
 from llm_worker.kv.collector import FAMILIES, PREFIX, KvCollector
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import BlockRemoved, BlockStored
 from llm_worker.kv.stats import AuditStats, ListenerStats, MergeStats, PlaneStats
-from llm_worker.kv.wire import BlockRemoved, BlockStored
 from llm_worker.metrics import Metrics
 
 # Dashboards, rules and other people's queries rely on these.
@@ -281,7 +281,7 @@ def test_what_the_index_did_is_on_the_page() -> None:
     """Events applied to the real index: blocks held = stored - removed - cleared, per medium."""
     index = Index(max_blocks=10)
     source = index.source("w", 0)
-    source.trust()
+    source.trust.synchronised()
     source.apply([stored(*range(1, 9)), stored(21, 22, medium="cpu"), stored(8)])
     source.apply([stored(31), BlockRemoved(hashes=[1, 99], medium="gpu")])
     page = list(collector(index, fleet=True).collect())
@@ -396,9 +396,9 @@ def test_a_workers_health_is_its_worst_ranks() -> None:
     for worker, reasons in stale.items():
         for rank, reason in enumerate(reasons):
             source = index.source(worker, rank)
-            source.trust()
+            source.trust.synchronised()
             if reason:
-                source.mark_stale(reason)
+                {"gap": source.trust.lost, "disconnected": source.trust.disconnected}[reason]()
     listeners = [
         ListenerStats(worker, rank, connected=(worker, rank) != ("cut", 1))
         for worker in ("fine", "half", "gone", "lost", "cut")
@@ -493,8 +493,8 @@ def test_the_page_is_whole_while_the_pipeline_writes() -> None:
             number += 1
             source.apply([stored(number, number + 1, medium=f"m{number % 9}")])
             source.clear(f"m{number % 9}")
-            source.mark_stale("gap")
-            source.trust("gap")
+            source.trust.gap_opened()
+            source.trust.gap_closed()
             listener.undecodable[f"r{number % 50}"] += 1
             listener.lag.observe(number % 7)
 

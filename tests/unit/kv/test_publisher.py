@@ -10,15 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.plane.transport import EventSocket
+from llm_worker.kv.records import ALL_MEDIA, AllBlocksCleared, BlockRemoved, BlockStored
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher, offset_port, unsigned
-from llm_worker.kv.wire import (
-    ALL_MEDIA,
-    AllBlocksCleared,
-    Batch,
-    BlockRemoved,
-    BlockStored,
-    Decoder,
-)
+from llm_worker.kv.wire import Batch, Decoder
 
 SIZE = 4
 

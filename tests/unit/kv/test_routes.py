@@ -15,8 +15,8 @@ from starlette.testclient import TestClient
 
 from llm_worker.kv import routes
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import BlockStored, Hash
 from llm_worker.kv.stats import ListenerStats, PlaneStats
-from llm_worker.kv.wire import BlockStored, Hash
 
 
 def index_of(**workers: Sequence[Hash]) -> Index:
@@ -24,7 +24,7 @@ def index_of(**workers: Sequence[Hash]) -> Index:
     index = Index()
     for name, hashes in workers.items():
         source = index.source(name, 0)
-        source.trust()
+        source.trust.synchronised()
         source.apply([BlockStored(hashes=list(hashes), block_size=16)])
     return index
 
@@ -245,7 +245,7 @@ def test_a_match_of_a_thousand_hashes_takes_less_than_a_millisecond_in_the_handl
 def test_status_tells_of_sources_streams_and_planes() -> None:
     """One page for a person who wonders whether the index is right."""
     index = index_of(a=[1, 2])
-    index.source("b", 1).mark_stale("gap")
+    index.source("b", 1).trust.gap_opened()
     body = client(index, more_status=lambda: {"endpoints": []}).get("/kv/status").json()
 
     assert body["ok"] is False

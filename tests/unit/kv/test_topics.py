@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.plane import topics
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Decoder
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored
+from llm_worker.kv.wire import Decoder
 
 
 @pytest.mark.parametrize("name", ["host.example:8081", "a@b@c", "a_2e", "ü/*> x", "A-z", "_"])

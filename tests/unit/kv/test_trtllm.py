@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry
 
 from llm_worker.exposition.exposition import Exposition
 from llm_worker.kv.index.index import Index
+from llm_worker.kv.records import AllBlocksCleared, BlockStored, Event
 from llm_worker.kv.trtllm import poller as poller_module
 from llm_worker.kv.trtllm.poller import Poller, registry
 from llm_worker.kv.trtllm.translator import Told, Translator
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Event
 from llm_worker.metrics import Metrics
 from support.trtllm_events import (
     BLOCK_SIZE,

@@ -319,7 +319,7 @@ class Fleet:
         for worker, there in found.items():
             self._listen_to(worker, there)
         self._watch_vllm(now)
-        self.pipeline.at_rest(lambda: self._mark(found))
+        self.pipeline.on_index_thread(lambda: self._mark(found))
         for worker, seen in list(self._seen.items()):
             if now - seen > self._gone_seconds:
                 self._forget(worker)
@@ -364,6 +364,8 @@ class Fleet:
                 worker=address.name,
                 rank=rank,
                 topic=endpoint.topic,
+                # One alone may be any rank of a larger deployment, under a name of its own.
+                checks_rank=endpoint.ranks > 1,
             )
 
     def _watch_vllm(self, now: float) -> None:
@@ -383,16 +385,14 @@ class Fleet:
         }
         for source in self.index.sources():
             if source.worker in self._duplicates:
-                source.mark_stale("duplicate_worker")
+                source.trust.name_shared()
             doubt = doubted.get((source.worker, source.rank))
-            if doubt:
-                source.mark_stale("upstream")
-            elif doubt is not None and "upstream" in source.stale:
-                source.trust("upstream")
+            if doubt is not None:
+                source.trust.doubted_upstream(doubt)
         answered = {address.key for there in found.values() for address in there.values()}
         for (key, worker, rank), listener in self._listeners.items():
-            if key in answered and (worker, rank) not in doubted and worker not in self._duplicates:
-                listener.source.mark_stale("disconnected")  # somebody else lives there now
+            if key in answered and worker not in self._duplicates:
+                listener.source.trust.elsewhere((worker, rank) not in doubted)
             if worker not in self._duplicates and "duplicate_worker" in listener.source.stale:
                 listener.stream.check_stale()  # which of the two it was, a snapshot tells
 
@@ -413,7 +413,7 @@ class Fleet:
         """Its listeners and its blocks."""
         for key in [key for key in self._listeners if key[1] == worker]:
             self.pipeline.forget(self._listeners.pop(key))
-        self.pipeline.at_rest(lambda: self.index.remove_worker(worker))
+        self.pipeline.on_index_thread(lambda: self.index.remove_worker(worker))
 
 
 def _nats_source(url: str, index: Index, pipeline: Pipeline) -> NatsSource:
@@ -421,7 +421,7 @@ def _nats_source(url: str, index: Index, pipeline: Pipeline) -> NatsSource:
         from llm_worker.fleet.nats_reader import NatsSource
     except ModuleNotFoundError as error:
         raise ConfigError(["NATS needs its client: pip install 'llm-worker[nats]'"]) from error
-    return NatsSource(url, index=index, call=pipeline.at_rest)
+    return NatsSource(url, index=index, call=pipeline.on_index_thread)
 
 
 def _addresses(host: str) -> tuple[str, ...]:

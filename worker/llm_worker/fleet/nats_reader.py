@@ -29,7 +29,8 @@ from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from llm_worker.kv.follow.stream import ATTEMPTS, Ask, Stream
+from llm_worker.kv.follow.recovery import ReplayRequest
+from llm_worker.kv.follow.stream import Stream
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.plane import nats_plane, topics
 from llm_worker.kv.plane.nats_connection import TROUBLE, cancelled, stay_connected
@@ -67,7 +68,7 @@ class _LostPlaceError(Exception):
 class NatsSource:
     """Every worker on one NATS server, as sources of an index."""
 
-    def __init__(self, url: str, *, index: Index, call: topics.AtRest) -> None:
+    def __init__(self, url: str, *, index: Index, call: topics.OnIndexThread) -> None:
         """Prepare; `start` connects.
 
         ``call`` runs a callable on the thread that writes the index and waits for it.
@@ -262,7 +263,7 @@ class _Follower:
         self._heard = 0.0  # monotonic
         self._checked = 0.0
         self._snapshot_after = 0.0
-        self._waiting: dict[int, tuple[Ask, float]] = {}  # rank -> asked for what is late, when
+        self._waiting: dict[int, tuple[ReplayRequest, float]] = {}  # rank -> for what is late, when
 
     async def follow(self, client: Client) -> None:
         """Read as long as the connection lasts, from where the last one's reading ended."""
@@ -277,7 +278,7 @@ class _Follower:
         while not client.is_closed:
             try:
                 if not self._synchronised:
-                    begun = any(each.ask is not None for each in self.streams.values())
+                    begun = any(each.request is not None for each in self.streams.values())
                     if begun or not await self._take_snapshot():
                         await self._from_the_beginning(stream)
                     self._synchronised = True
@@ -292,8 +293,7 @@ class _Follower:
 
         def mark() -> None:
             for stream in self.streams.values():
-                stream.stats.connected = False
-                stream.source.mark_stale("disconnected")
+                stream.answers(False)
 
         await self._call(mark)
 
@@ -323,9 +323,9 @@ class _Follower:
         def take() -> None:
             for rank in dict.fromkeys(piece.rank for piece in pieces):
                 stream = self._stream(rank)
-                if stream.ask is None:
+                if stream.request is None:
                     stream.check_stale()
-                if stream.ask is None or stream.ask.start is not None:
+                if stream.request is None or stream.request.start is not None:
                     continue  # true as it is, or waiting for something else
                 try:
                     for piece in pieces:
@@ -455,25 +455,21 @@ class _Follower:
             await self._call(feed)
 
     async def _answer_asks(self, now: float) -> None:
-        """Something is missing: it comes late, or a snapshot has it, or it is lost.
-
-        What a stream asks for anew after each failure, nobody was asked here: it fails once.
-        """
+        """Something is missing: it comes late, or a snapshot has it, or it is lost."""
         overdue: list[Stream] = []
         for rank, stream in list(self.streams.items()):
-            ask = stream.ask
-            if ask is None:
+            request = stream.request
+            if request is None:
                 self._waiting.pop(rank, None)
                 continue
-            known = self._waiting.setdefault(rank, (ask, now))
+            known = self._waiting.setdefault(rank, (request, now))
             if now - known[1] >= _LATE_SECONDS:
                 del self._waiting[rank]
                 overdue.append(stream)
 
         def give_up() -> None:
             for stream in overdue:
-                while _give_up(stream):
-                    pass
+                _give_up(stream)
 
         if overdue:
             await self._call(give_up)
@@ -482,12 +478,12 @@ class _Follower:
 
         def doubt() -> None:
             for stream in self.streams.values():
-                if stream.ask is None:
+                if stream.request is None:
                     stream.check_stale()
 
         if any(stream.source.stale for stream in self.streams.values()):
             await self._call(doubt)
-        if any(stream.ask and stream.ask.start is None for stream in self.streams.values()):
+        if any(stream.request and stream.request.start is None for stream in self.streams.values()):
             self._snapshot_after = now + _SNAPSHOT_PAUSE_SECONDS
             await self._take_snapshot()
 
@@ -516,13 +512,12 @@ class _Follower:
             for rank in statuses:
                 self._stream(rank)
             for rank, stream in self.streams.items():
-                stream.stats.connected = answer is not None
-                _set(stream, "disconnected", answer is None)
+                stream.answers(answer is not None)
                 if len(instances) > 1:  # until a snapshot of one
-                    stream.source.mark_stale("duplicate_worker")
+                    stream.source.trust.name_shared()
                 if answer is not None:
                     told = statuses.get(rank)
-                    _set(stream, "upstream", told is None or bool(told.stale))
+                    stream.source.trust.doubted_upstream(told is None or bool(told.stale))
                     self._check_tail(stream, rank, sequences.get(rank))
 
         await self._call(mark)
@@ -530,7 +525,7 @@ class _Follower:
     def _check_tail(self, stream: Stream, rank: int, sequence: int | None) -> None:
         """What was sent last and the server lost, or is too full for: a snapshot has it."""
         waits = stream.next
-        if sequence is None or stream.ask is not None or not _is_behind(stream, sequence):
+        if sequence is None or stream.request is not None or not _is_behind(stream, sequence):
             self._behind.pop(rank, None)
             return
         now = time.monotonic()
@@ -539,7 +534,7 @@ class _Follower:
             self._behind[rank] = (waits, now)
         elif now - since > _TAIL_SECONDS:
             del self._behind[rank]
-            stream.source.mark_stale("gap")
+            stream.source.trust.gap_opened()
 
 
 def _feed(stream: Stream, pairs: Sequence[tuple[bytes, bytes]], *, replayed: bool) -> None:
@@ -566,25 +561,17 @@ def _broke(stream: Stream) -> bool:
     if stream.stats.crashes & (stream.stats.crashes - 1) == 0:
         log.exception("KV events of %s broke their reader; it goes on", stream.stats.worker)
     skipped = stream.skip()
-    stream.source.mark_stale("undecodable")
+    stream.source.trust.not_understood()
     return skipped
 
 
-def _give_up(stream: Stream) -> bool:
-    """End what the stream waits for; whether it waits for something else since."""
-    stats, ask = stream.stats, stream.ask
-    if ask is None:
-        return False
-    outcome = "unavailable" if ask.start is None else "aged_out"
-    gaps, failures = stats.gaps.total(), stats.replays[outcome]
+def _give_up(stream: Stream) -> None:
+    """End what the stream waits for, and what it waits for then: nobody else can be asked."""
     try:
-        for _ in range(ATTEMPTS):
-            if stream.ask is not None and stats.gaps.total() == gaps:
-                stream.replay_failed(outcome)
+        while (request := stream.request) is not None:
+            stream.give_up("unavailable" if request.start is None else "aged_out")
     except Exception:
         _broke(stream)
-    stats.replays[outcome] = failures + 1
-    return stats.gaps.total() > gaps
 
 
 def _is_behind(stream: Stream, sequence: int) -> bool:
@@ -600,10 +587,3 @@ def _number(text: str | None) -> int | None:
         return None
     number = int(text)
     return number if number < 1 << 64 else None
-
-
-def _set(stream: Stream, reason: str, applies: bool) -> None:
-    if applies:
-        stream.source.mark_stale(reason)
-    elif reason in stream.source.stale:
-        stream.source.trust(reason)

@@ -25,6 +25,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.utils import floatToGoString
 
+from llm_worker.kv.plane.topics import COUNTER_MASK
 from llm_worker.kv.stats import (
     GAP_KINDS,
     PLANE_DROP_REASONS,
@@ -40,7 +41,8 @@ from llm_worker.kv.stats import (
 )
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import Index, Source
+    from llm_worker.kv.index.index import Index
+    from llm_worker.kv.index.source import Source
 
 PREFIX = "llm_worker_kv_"
 
@@ -61,7 +63,6 @@ WALK_SHARE = 0.01
 # Our planes' sequences have the start of their process in the high half: far above what a float
 # tells apart, and above any number an engine reaches.
 _EPOCHS_FROM = 1 << 53
-_COUNTER_MASK = (1 << 32) - 1
 
 
 class Family(NamedTuple):
@@ -668,7 +669,7 @@ def _greatest(values: Iterable[N | None]) -> N | None:
 def _counter_part(sequence: int | None) -> int | None:
     if sequence is None or sequence < _EPOCHS_FROM:
         return sequence
-    return sequence & _COUNTER_MASK
+    return sequence & COUNTER_MASK
 
 
 def _media(blocks: Mapping[str, int]) -> dict[str, int]:

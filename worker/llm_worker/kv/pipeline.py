@@ -22,8 +22,9 @@ import zmq
 
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.follow.merge import ENGINE, MergedRank
-from llm_worker.kv.follow.stream import Outlet as StreamOutlet
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.follow.writer import Outlet as StreamOutlet
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
 from llm_worker.kv.stats import ListenerStats, MergeStats, PlaneStats
 
 log = logging.getLogger(__name__)
@@ -85,15 +86,18 @@ class Pipeline:
         epochs: bool = False,
         block_size: int | None = None,
         part: str | None = None,
+        checks_rank: bool = True,
     ) -> Listener:
         """Index what this publisher says; any thread, at any time.
 
         With ``part``, the name of this one, several publishers may speak of one rank, and the index
         has what any of them holds; see `merge`. The account of any but the engine's goes by
-        ``worker/part``. ``block_size`` is what the engine says a block is, in tokens.
+        ``worker/part``. ``block_size`` is what the engine says a block is, in tokens. With
+        ``checks_rank`` batches of another rank mark the source.
 
         Raises:
-            TimeoutError: as of `at_rest`; it is not listened to.
+            TimeoutError: as of `on_index_thread`; it is not listened to.
+            zmq.ZMQError: as of `Listener.open`; it is not listened to.
         """
 
         def make() -> Listener:
@@ -110,17 +114,18 @@ class Pipeline:
                 topic=topic,
                 epochs=epochs,
                 outlets=self.outlets if part is None else (),
+                checks_rank=checks_rank and part in (None, ENGINE),
                 context=self._context,
             )
             self._add(listener)
             return listener
 
         # All of it there: making it already marks the source.
-        return self.at_rest(make)
+        return self.on_index_thread(make)
 
     def forget(self, listener: Listener) -> None:
         """Listen there no more; its source stays in the index."""
-        self.at_rest(lambda: self._remove(listener))
+        self.on_index_thread(lambda: self._remove(listener))
 
     def start(self) -> None:
         """Listen from now on."""
@@ -156,7 +161,7 @@ class Pipeline:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def at_rest(self, ask: Callable[[], T], /) -> T:
+    def on_index_thread(self, ask: Callable[[], T], /) -> T:
         """Run ``ask`` on the thread that writes the index, between two batches.
 
         Raises:
@@ -186,7 +191,7 @@ class Pipeline:
                     return
             self.index.source(worker, rank).clear()
 
-        self.at_rest(clear)
+        self.on_index_thread(clear)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full, so the thread wakes anyway; or closed
@@ -201,9 +206,10 @@ class Pipeline:
         return merged
 
     def _add(self, listener: Listener) -> None:
-        self.listeners = [*self.listeners, listener]
         if self._thread.is_alive():
             listener.open(self._poller)
+        # Not before: one that cannot open its sockets would stay here, dead.
+        self.listeners = [*self.listeners, listener]
 
     def _remove(self, listener: Listener) -> None:
         if listener in self.listeners:

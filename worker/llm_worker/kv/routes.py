@@ -19,9 +19,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from llm_worker.kv.index.index import Index, Source
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import Source
+from llm_worker.kv.records import MAX_HASH_BYTES, BlockStored, Hash
 from llm_worker.kv.stats import ListenerStats, PlaneStats
-from llm_worker.kv.wire import MAX_HASH_BYTES, BlockStored, Hash
 
 MAX_BODY_BYTES = 16 << 20
 MAX_HASHES = 1 << 20  # of one question

@@ -25,7 +25,7 @@ STALE_REASONS = (
     "gap",  # batches in between are gone, and replay did not have them
     "undecodable",  # a batch or event was dropped that may have changed blocks
     "index_full",  # the index's bound was reached and stores were refused
-    "duplicate_worker",  # two publishers claim to be this worker
+    "duplicate_worker",  # two publishers claim to be this worker, or another rank's does
     "disconnected",  # no publisher at the other end
     "audit",  # the auditor found drift
     "other_media",  # a clear did not say whether it meant more than the GPU's blocks
@@ -110,7 +110,7 @@ class SourceStats:
     cleared_events: int = 0
     duplicate_blocks: int = 0  # stored while held: counted, not stored twice
     unknown_removed_blocks: int = 0  # removed without being held
-    refused_blocks: int = 0  # not stored: the index's bound was reached
+    refused_blocks: int = 0  # not stored: the index's bound was reached, or a name is too long
     duplicate_removed_blocks: int = 0  # removed while another copy was held: still held
     cleared_blocks: int = 0  # held when a clear came; held = stored - removed - cleared
     odd_size_batches: int = 0  # taken while blocks had another size than the engine says

@@ -90,7 +90,7 @@ class WorkerKv:
         for source in self._connector_sources(len(engine)):
             self._listen(source, None, part=CONNECTOR)  # its blocks may be of another size
         # The engine can be asked what it holds, a connector cannot.
-        self._auditor = Auditor(truth, lambda: engine, self.pipeline.at_rest)
+        self._auditor = Auditor(truth, lambda: engine, self.pipeline.on_index_thread)
         self._auditor.start()
 
     def _connector_sources(self, ranks: int) -> Iterator[EventSource]:
@@ -149,7 +149,9 @@ class WorkerKv:
                 fix = "pip install 'llm-worker[nats]', or choose another --worker-kv-plane"
                 raise ConfigError([f"NATS needs its client: {fix}"]) from error
 
-            return NatsPlane(plane.url, sources=sources, at_rest=self.pipeline.at_rest)
+            return NatsPlane(
+                plane.url, sources=sources, on_index_thread=self.pipeline.on_index_thread
+            )
         from llm_worker.kv.plane.zmq_plane import ZmqPlane
 
         replay = plane.replay_tcp()
@@ -159,7 +161,7 @@ class WorkerKv:
                 plane.tcp(),
                 replay,
                 sources=sources,
-                at_rest=self.pipeline.at_rest,
+                on_index_thread=self.pipeline.on_index_thread,
             )
         except zmq.ZMQError as error:
             raise ConfigError(

@@ -285,7 +285,9 @@ class Engine:
             for descriptor in watched:
                 loop.remove_reader(descriptor)
                 os.close(descriptor)
-        ended_now = connection.wait([process.sentinel for process in self._processes], timeout=0)
+        # vLLM may have noticed by its sockets before the kernel has given the memory back.
+        sentinels = [process.sentinel for process in self._processes]
+        ended_now = await asyncio.to_thread(connection.wait, sentinels, EXIT_CODE_SECONDS)
         for process in self._processes:
             if process.sentinel in ended_now:  # gone, but its exit code takes a moment longer
                 await asyncio.to_thread(process.join, EXIT_CODE_SECONDS)

@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
+from llm_worker.kv.records import GPU, AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 from llm_worker.kv.stats import MergeStats
-from llm_worker.kv.wire import GPU, AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 
 _Place: TypeAlias = tuple[str, int]  # medium and group: all that a removal says
 _Lane: TypeAlias = tuple[str, int, str | None]  # and the adapter
@@ -32,10 +32,19 @@ class Consolidator:
     is told depends on the order only in which one of them tells of a block.
     """
 
-    def __init__(self, stats: MergeStats | None = None, *, max_lanes: int = UNBOUNDED) -> None:
-        """``max_lanes``: of a rank, that hold something: media times groups times adapters."""
+    def __init__(
+        self,
+        stats: MergeStats | None = None,
+        *,
+        max_lanes: int = UNBOUNDED,
+        max_name_characters: int = UNBOUNDED,
+    ) -> None:
+        """``max_lanes``: of a rank, that hold something: media times groups times adapters.
+
+        ``max_name_characters``: of a medium or an adapter.
+        """
         self.stats = MergeStats() if stats is None else stats
-        self._max_lanes = max_lanes
+        self._bounds = (max_lanes, max_name_characters)
         self._ranks: dict[int, _Rank] = {}
 
     def feed(
@@ -48,7 +57,7 @@ class Consolidator:
         """
         merged = self._ranks.get(rank)
         if merged is None:
-            merged = self._ranks[rank] = _Rank(self.stats, self._max_lanes)
+            merged = self._ranks[rank] = _Rank(self.stats, *self._bounds)
         merged.room = room
         out: list[Event] = []
         for event in events:
@@ -117,9 +126,10 @@ class _Rank:
     merged stream has is exactly its keys.
     """
 
-    def __init__(self, stats: MergeStats, max_lanes: int) -> None:
+    def __init__(self, stats: MergeStats, max_lanes: int, max_name_characters: int) -> None:
         self.stats = stats
         self.max_lanes = max_lanes
+        self.max_name_characters = max_name_characters
         self.room = UNBOUNDED  # of the reader, for blocks
         self.sources: dict[str, dict[_Lane, dict[Hash, int]]] = {}
         self.holders: dict[_Lane, dict[Hash, int]] = {}
@@ -128,7 +138,10 @@ class _Rank:
     def store(self, source: str, event: BlockStored, out: list[Event]) -> None:
         key = (event.medium or GPU, event.group or 0, event.adapter)
         holders = self.holders.get(key)
-        if holders is None and len(self.holders) >= self.max_lanes:
+        longest = max(len(key[0]), len(event.adapter or ""))
+        if holders is None and (
+            len(self.holders) >= self.max_lanes or longest > self.max_name_characters
+        ):
             self.stats.refused_blocks += len(event.hashes)
             return
         lanes = self.sources.setdefault(source, {})

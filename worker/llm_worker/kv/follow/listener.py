@@ -21,8 +21,10 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from llm_worker.kv.follow.stream import Ask, Outlet, Stream
-from llm_worker.kv.index.index import Sink
+from llm_worker.kv.follow.recovery import ReplayRequest
+from llm_worker.kv.follow.stream import Stream
+from llm_worker.kv.follow.writer import Outlet
+from llm_worker.kv.index.source import BlockSink
 from llm_worker.kv.plane.transport import END_SEQUENCE, SNAPSHOT
 from llm_worker.kv.stats import ListenerStats
 
@@ -31,9 +33,7 @@ log = logging.getLogger(__name__)
 SUB_HIGH_WATER_MARK = 100_000  # messages, as vLLM's own side has
 MAX_MESSAGE_BYTES = 64 << 20
 BURST_MESSAGES = 256
-CONNECTING_SECONDS = 0.01  # between two looks whether it does
-CONNECT_SECONDS = 1.0  # for the replay endpoint to take a question
-ANSWER_SECONDS = 3.0  # between a question and its answer
+ANSWER_SECONDS = 3.0  # between a question and its answer, the connecting included
 SILENCE_SECONDS = 1.0  # between two replies: what comes no more was left out
 LATE_SECONDS = 0.3  # how long a gap may heal by itself where nobody can be asked
 QUIET_SECONDS = 1.0  # without a batch: ask whether the last one was the last
@@ -63,11 +63,12 @@ class Listener:
         *,
         worker: str,
         rank: int,
-        source: Sink,
+        source: BlockSink,
         stats: ListenerStats,
         topic: str = "",
         epochs: bool = False,
         outlets: Sequence[Outlet] = (),
+        checks_rank: bool = True,
         context: zmq.Context[Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -87,6 +88,7 @@ class Listener:
             replayable=replay_endpoint is not None,
             epochs=epochs,
             outlets=outlets,
+            checks_rank=checks_rank,
         )
         self.deadline = 0.0  # monotonic
         self._topic = topic.encode()
@@ -97,23 +99,35 @@ class Listener:
         self._sub: Socket = None
         self._monitor: Socket = None
         self._dealer: Socket = None
-        self._asked: Ask | None = None  # the question that the DEALER has put, or is about to
-        self._sent = False
-        self._answer_by = _never  # connect, answer or ask again by
+        self._asked: ReplayRequest | None = None  # that the DEALER has put, or is about to
+        self._answer_by = _never  # answer or ask again by
         self._last_live = _never
         self._stale_retry = _never
         self._careful = False  # this publisher's messages have not always three frames
         self._connections = 0
 
     def open(self, poller: zmq.Poller) -> None:
-        """Make the sockets and connect; never waits."""
+        """Make the sockets and connect; never waits.
+
+        Raises:
+            zmq.ZMQError: there are no more sockets or file descriptors, or the address is none.
+                Nothing is open then.
+        """
         self._poller = poller
         sub = self._context.socket(zmq.SUB)
-        sub.setsockopt(zmq.RCVHWM, SUB_HIGH_WATER_MARK)
-        _prepare(sub)
-        sub.subscribe(self._topic)
-        self._monitor = sub.get_monitor_socket(_UP | _DOWN)
-        sub.connect(self.endpoint)
+        try:
+            sub.setsockopt(zmq.RCVHWM, SUB_HIGH_WATER_MARK)
+            _prepare(sub)
+            sub.subscribe(self._topic)
+            self._monitor = sub.get_monitor_socket(_UP | _DOWN)
+            sub.connect(self.endpoint)
+        except zmq.ZMQError:
+            if self._monitor is not None:
+                sub.disable_monitor()
+                self._monitor.close(linger=0)
+                self._monitor = None
+            sub.close(linger=0)
+            raise
         self._sub = sub
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(sub, zmq.POLLIN)
@@ -148,7 +162,7 @@ class Listener:
         if self._dealer is not None and self._dealer in ready:
             self._read_answer()
         now = self._clock()
-        if now >= self.deadline or self.stream.ask is not self._asked:
+        if now >= self.deadline or self.stream.request is not self._asked:
             self._keep_time(now)
 
     def _receive(self) -> list[tuple[bytes, bytes]]:
@@ -224,31 +238,27 @@ class Listener:
     # earlier one cannot be taken for it.
 
     def _keep_time(self, now: float) -> None:
-        ask = self.stream.ask
-        if ask is not self._asked:
+        request = self.stream.request
+        if request is not self._asked:
             self._close_dealer()
-            self._asked = ask
-            if ask is not None:
+            self._asked = request
+            if request is not None:
                 # Where nobody can be asked a gap gets a moment to heal by itself.
-                wait = ask.delay_seconds * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+                wait = request.delay_seconds * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
                 self._answer_by = now + (wait if self.replay_endpoint else LATE_SECONDS)
-        elif ask is not None:
-            if self._dealer is not None and not self._sent:
-                self._send_question(now)
-            if now >= self._answer_by:
-                self._answer_is_due(now)
-        if self.stream.ask is None:
+        elif request is not None and now >= self._answer_by:
+            self._answer_is_due(now)
+        if self.stream.request is None:
             self._ask_by_ourselves(now)
         self._set_deadline()
 
     def _answer_is_due(self, now: float) -> None:
         if self._dealer is None and self.replay_endpoint is not None:
             self._open_dealer()
-            self._answer_by = now + CONNECT_SECONDS
-            self._send_question(now)
+            self._answer_by = now + ANSWER_SECONDS
             return
         self._last_live = now + QUIET_AGAIN_SECONDS
-        self.stream.replay_failed("timeout" if self._sent else "unavailable")
+        self.stream.replay_failed("timeout" if self.replay_endpoint else "unavailable")
 
     def _ask_by_ourselves(self, now: float) -> None:
         if now >= self._stale_retry:
@@ -259,25 +269,33 @@ class Listener:
             self.stream.check_tail()
 
     def _set_deadline(self) -> None:
-        if self.stream.ask is not self._asked:
+        if self.stream.request is not self._asked:
             self.deadline = 0.0
         elif self._asked is not None:
             self.deadline = self._answer_by
-            if self._dealer is not None and not self._sent:
-                self.deadline = min(self.deadline, self._clock() + CONNECTING_SECONDS)
         else:
             self.deadline = min(self._last_live + QUIET_SECONDS, self._stale_retry)
 
     def _open_dealer(self) -> None:
+        """Put the question; libzmq keeps it until it is connected.
+
+        Never with the option IMMEDIATE. With it libzmq 4.3.5 gives up a connection that breaks
+        while a message is half read, and then aborts the process: a publisher that was killed
+        would take every listener with it.
+        """
         assert self.replay_endpoint is not None
         assert self._poller is not None
+        assert self._asked is not None
         dealer = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.RCVHWM, SUB_HIGH_WATER_MARK)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)  # a question is for a publisher that is there
         _prepare(dealer)
         dealer.connect(self.replay_endpoint)
+        start = self._asked.start
+        frames = [b"", SNAPSHOT if start is None else start.to_bytes(8, "big")]
+        if self._epochs and self._topic:
+            frames.append(self._topic)  # one of ours: it knows what a topic is
+        dealer.send_multipart(frames, zmq.NOBLOCK)
         self._dealer = dealer
-        self._sent = False
         self._poller.register(dealer, zmq.POLLIN)
 
     def _close_dealer(self) -> None:
@@ -286,21 +304,7 @@ class Listener:
                 self._poller.unregister(self._dealer)
             self._dealer.close(linger=0)
             self._dealer = None
-        self._sent = False
         self._answer_by = _never
-
-    def _send_question(self, now: float) -> None:
-        assert self._asked is not None
-        start = self._asked.start
-        frames = [b"", SNAPSHOT if start is None else start.to_bytes(8, "big")]
-        if self._epochs and self._topic:
-            frames.append(self._topic)  # one of ours: it knows what a topic is
-        try:
-            self._dealer.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            return  # not connected yet
-        self._sent = True
-        self._answer_by = now + ANSWER_SECONDS
 
     def _read_answer(self) -> None:
         """A burst of replies: ``["", topic, sequence, payload]``, before 0.26 without a topic."""
@@ -317,7 +321,7 @@ class Listener:
                 self.stream.replay_ended()
             elif not self._topic or len(frames) == 3 or frames[1] == self._topic:
                 self.stream.replayed(int.from_bytes(frames[-2], "big"), frames[-1])
-            if self.stream.ask is not asked:
+            if self.stream.request is not asked:
                 return  # answered, or another question by now: the rest is of no use
 
 

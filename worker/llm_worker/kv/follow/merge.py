@@ -3,8 +3,9 @@
 An engine says what its own cache holds; an offloading connector with a publisher of its own says
 what it keeps elsewhere. Each has its own numbers, gaps and doubts, so each is followed by a stream
 of its own, which writes to a `Part` here instead of to the index. The union goes to the index. The
-source is doubted as long as one of its parts is. What the index has no room for is refused here
-already, and not remembered. All of it runs on the pipeline's thread.
+source is doubted as long as one of its parts is, and each part for reasons of its own. What the
+index has no room for is refused here already, and not remembered. All of it runs on the pipeline's
+thread.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from llm_worker.kv.follow.consolidator import Consolidator
-from llm_worker.kv.follow.stream import Outlet
-from llm_worker.kv.index.index import MAX_LANES, Lane, Source
+from llm_worker.kv.follow.writer import Outlet
+from llm_worker.kv.index.source import MAX_LANES, MAX_NAME_CHARACTERS, Lane, Source
+from llm_worker.kv.records import ALL_MEDIA, AllBlocksCleared, Event
 from llm_worker.kv.stats import MergeStats
-from llm_worker.kv.wire import ALL_MEDIA, AllBlocksCleared, Event, encode
+from llm_worker.kv.wire import encode
 
 ENGINE = "engine"  # the part that every rank has
 
@@ -32,14 +34,14 @@ class MergedRank:
     ) -> None:
         self.source = source
         self.consolidator = Consolidator(
-            MergeStats(source.worker, source.rank), max_lanes=MAX_LANES
+            MergeStats(source.worker, source.rank),
+            max_lanes=MAX_LANES,
+            max_name_characters=MAX_NAME_CHARACTERS,
         )
         source.kept_beside = self.consolidator.memory_bytes
         self._outlets = outlets
         self._clock = clock
         self._parts: dict[str, Part] = {}
-        # The source's own until the parts have theirs.
-        self._told = source.stale
 
     def part(self, name: str) -> Part:
         """Return the part of that name, made when it is not there yet."""
@@ -55,7 +57,7 @@ class MergedRank:
         changes = self.consolidator.feed(name, source.rank, events, source.room_blocks)
         if stats.refused_blocks > before:
             source.stats.refused_blocks += stats.refused_blocks - before
-            source.mark_stale("index_full")
+            self._parts[name].trust.refused()
         if not changes:
             return
         self.source.apply(changes)
@@ -65,23 +67,14 @@ class MergedRank:
             for outlet in self._outlets:
                 outlet.publish(self.source, payload, changes, now)
 
-    def doubt(self) -> None:
-        """Bring the source's reasons to be stale up to date with its parts'."""
-        reasons = frozenset().union(*(part.stale for part in self._parts.values()))
-        for reason in reasons - self.source.stale:
-            self.source.mark_stale(reason)
-        if gone := self._told - reasons:
-            self.source.trust(*gone)
-        self._told = reasons
-
 
 class Part:
-    """What one publisher's stream writes to; see `stream.Sink`."""
+    """What one publisher's stream writes to; see `stream.BlockSink`."""
 
     def __init__(self, whole: MergedRank, name: str) -> None:
         self.worker = whole.source.worker
         self.rank = whole.source.rank
-        self.stale: frozenset[str] = frozenset()
+        self.trust = whole.source.trust.part()
         self._whole = whole
         self._name = name
 
@@ -97,11 +90,17 @@ class Part:
             if isinstance(event, AllBlocksCleared) and event.medium in (None, ALL_MEDIA):
                 self._whole.feed(self._name, pending)
                 doubtful = doubtful or (event.medium is None and self.beside_gpu())
+                self.trust.forgot_all()
                 pending = [AllBlocksCleared()]
             else:
                 pending.append(event)
         self._whole.feed(self._name, pending)
         return doubtful
+
+    @property
+    def stale(self) -> frozenset[str]:
+        """Why this part may not be what its publisher holds."""
+        return self.trust.stale
 
     def beside_gpu(self) -> bool:
         """Return whether this part holds blocks that are not the GPU's."""
@@ -114,19 +113,8 @@ class Part:
     def clear(self, medium: str | None = None) -> None:
         """Forget what this part holds; what another one holds, too, stays."""
         self._whole.feed(self._name, [AllBlocksCleared(medium=medium)])
-
-    def mark_stale(self, reason: str) -> None:
-        """Say that what is held here may not be what the publisher holds."""
-        if reason not in self.stale:
-            self.stale |= {reason}
-            self._whole.doubt()
-
-    def trust(self, *reasons: str) -> None:
-        """Take back some reasons to be stale; without any, all."""
-        before = self.stale
-        self.stale = before.difference(reasons) if reasons else frozenset()
-        if self.stale != before:
-            self._whole.doubt()
+        if medium is None:
+            self.trust.forgot_all()
 
     def lanes(self) -> list[Lane]:
         """Return the lanes of the whole."""

@@ -20,9 +20,9 @@ from functools import reduce
 from operator import xor
 from typing import Any, Protocol
 
-from llm_worker.kv.index.index import Sink
+from llm_worker.kv.index.source import BlockSink
+from llm_worker.kv.records import GPU, Hash
 from llm_worker.kv.stats import AuditStats, ListenerStats
-from llm_worker.kv.wire import GPU, Hash
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ class Audited(Protocol):
     stats: ListenerStats
 
     @property
-    def source(self) -> Sink:
+    def source(self) -> BlockSink:
         """What is held of it."""
 
     @property
     def stream(self) -> Any:
-        """The account, which is told when the index is proved."""
+        """The account, which is told when the index is equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +73,23 @@ class Auditor:
         ask: Every rank's truth; with True the full sets. Called on the auditor's thread, and may
             raise anything.
         ranks: What is to be compared.
-        at_rest: Runs a callable between two batches.
+        on_index_thread: Runs a callable between two batches.
     """
 
     def __init__(
         self,
         ask: Callable[[bool], Sequence[Truth]],
         ranks: Callable[[], Sequence[Audited]],
-        at_rest: Callable[[Callable[[], Any]], Any],
+        on_index_thread: Callable[[Callable[[], Any]], Any],
         *,
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
         self._ask = ask
         self._ranks = ranks
-        self._at_rest = at_rest
+        self._on_index_thread = on_index_thread
         self._interval_seconds = interval_seconds
         self._stats: dict[int, AuditStats] = {}
-        self._proved: dict[int, int | None] = {}  # the sequence of the last verdict
+        self._audited: dict[int, int | None] = {}  # the sequence of the last verdict
         self._complaint = ""  # the last one logged
         self._one_at_a_time = threading.Lock()
         self._stop = threading.Event()
@@ -142,7 +142,7 @@ class Auditor:
         last = self._of(ranked).last_verdict_timestamp_seconds
         return (
             bool(ranked.source.stale)
-            or self._proved.get(ranked.rank, -1) != ranked.stats.sequence
+            or self._audited.get(ranked.rank, -1) != ranked.stats.sequence
             or last is None
             or time.time() - last > AGAIN_SECONDS
         )
@@ -180,7 +180,7 @@ class Auditor:
         self._complaint = ""
         stats.drift_blocks = (verdict.missing_blocks or 0) + (verdict.surplus_blocks or 0)
         stats.last_verdict_timestamp_seconds = time.time()
-        self._proved[ranked.rank] = verdict.sequence
+        self._audited[ranked.rank] = verdict.sequence
         if verdict.outcome == "drift":
             log.error(
                 "the KV index of rank %d differs from its engine: %d blocks missing, %d surplus",
@@ -219,7 +219,7 @@ class Auditor:
         told = {int(group): tuple(digest) for group, digest in truth["digests"].items()}
         counts = (sum(digest[0] for digest in told.values()), sum(map(len, blocks.values())))
         if {group: digest(hashes) for group, hashes in blocks.items()} == told:
-            if not self._at_rest(lambda: self._prove(ranked, sequence)):
+            if not self._on_index_thread(lambda: self._tell_equal(ranked, sequence)):
                 return Verdict(worker, rank, "busy", "the engine went on meanwhile", sequence)
             return Verdict(worker, rank, "equal", "block by block", sequence, *counts, 0, 0)
         return self._count_drift(ranked, sequence)
@@ -247,7 +247,7 @@ class Auditor:
         counts = (len(engine), len(index), missing, surplus)
         if not missing and not surplus:
             return Verdict(worker, rank, "equal", "block by block", sequence, *counts)
-        self._at_rest(lambda: ranked.source.mark_stale("audit"))
+        self._on_index_thread(ranked.source.trust.drifted)
         return Verdict(worker, rank, "drift", "they differ", sequence, *counts)
 
     def _catch_up(self, ranked: Audited, sequence: int | None) -> bool:
@@ -272,13 +272,13 @@ class Auditor:
                     found.setdefault(lane.group or 0, []).extend(lane.parents)
             return found
 
-        found: dict[int, list[Hash]] | None = self._at_rest(take)
+        found: dict[int, list[Hash]] | None = self._on_index_thread(take)
         return found
 
-    def _prove(self, ranked: Audited, sequence: int | None) -> bool:
+    def _tell_equal(self, ranked: Audited, sequence: int | None) -> bool:
         if ranked.stats.sequence != sequence:
             return False
-        ranked.stream.proved()
+        ranked.stream.audited_equal()
         return True
 
 

@@ -31,11 +31,11 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 
 from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.nats_connection import RETRY_SECONDS, TROUBLE, stay_connected, wait
+from llm_worker.kv.records import Event
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.wire import Event
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import Sink, Source
+    from llm_worker.kv.index.source import BlockSink, Source
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class NatsPlane:
         url: str,
         *,
         sources: Callable[[], Sequence[Source]],
-        at_rest: topics.AtRest,
+        on_index_thread: topics.OnIndexThread,
         epoch: int | None = None,
         buffer_batches: int = 20_000,
         buffer_bytes: int = 64 << 20,
@@ -118,7 +118,7 @@ class NatsPlane:
     ) -> None:
         """Connect in the background, and go on trying as long as it takes.
 
-        ``sources`` and ``at_rest`` are as for `plane.ZmqPlane`. ``max_age_seconds`` and
+        ``sources`` and ``on_index_thread`` are as for `plane.ZmqPlane`. ``max_age_seconds`` and
         ``max_bytes`` bound each worker's stream on the server.
         """
         self.stats = stats if stats is not None else PlaneStats("nats")
@@ -126,7 +126,7 @@ class NatsPlane:
         self.instance = secrets.token_hex(8)
         self._url = url
         self._sources = sources
-        self._at_rest = at_rest
+        self._on_index_thread = on_index_thread
         self._first = topics.first_sequence(epoch)
         self._buffer_batches = buffer_batches
         self._buffer_bytes = buffer_bytes
@@ -152,7 +152,7 @@ class NatsPlane:
         self._thread.start()
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         """Number one batch, which ``source`` has taken in already, and put it into the buffer."""
         key = (source.worker, source.rank)
@@ -414,7 +414,8 @@ class NatsPlane:
                 )
         elif message.data == b"snapshot":
             frozen, position = await asyncio.wait_for(
-                asyncio.to_thread(self._at_rest, lambda: self._freeze(worker)), _FREEZE_SECONDS
+                asyncio.to_thread(self._on_index_thread, lambda: self._freeze(worker)),
+                _FREEZE_SECONDS,
             )
             for stream in frozen:
                 headers = {

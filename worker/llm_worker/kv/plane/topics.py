@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from llm_worker.kv.wire import AllBlocksCleared, BlockStored, Event, encode
+from llm_worker.kv.records import AllBlocksCleared, BlockStored, Event
+from llm_worker.kv.wire import encode
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import Source
+    from llm_worker.kv.index.source import Source
 
 EPOCH_BITS = 32
 COUNTER_MASK = (1 << EPOCH_BITS) - 1
@@ -30,7 +31,7 @@ _QUOTED = re.compile(r"_([0-9a-f]{2})")
 T = TypeVar("T")
 
 
-class AtRest(Protocol):
+class OnIndexThread(Protocol):
     """Runs a callable on the thread that writes the index, between two batches."""
 
     def __call__(self, ask: Callable[[], T], /) -> T:
@@ -102,7 +103,7 @@ def from_token(text: str) -> str | None:
 
 
 def freeze(sources: Iterable[Source], sequence: Callable[[str, int], int]) -> list[Frozen]:
-    """The sources as they are; to be called at rest.
+    """The sources as they are; to be called on the index's thread.
 
     ``sequence`` gives the number of the last batch published of a worker's rank.
     """

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.transport import EventSocket, Message
+from llm_worker.kv.records import Event
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.wire import Event
 
 if TYPE_CHECKING:
-    from llm_worker.kv.index.index import Sink, Source
+    from llm_worker.kv.index.source import BlockSink, Source
 
 
 class ZmqPlane:
@@ -33,7 +33,7 @@ class ZmqPlane:
         replay_endpoint: str,
         *,
         sources: Callable[[], Sequence[Source]],
-        at_rest: topics.AtRest,
+        on_index_thread: topics.OnIndexThread,
         epoch: int | None = None,
         buffer_batches: int = 10_000,
         buffer_bytes: int = 256 << 20,
@@ -41,8 +41,8 @@ class ZmqPlane:
     ) -> None:
         """Bind both endpoints; port 0 picks a free one.
 
-        ``sources`` are those of the index; ``at_rest`` runs a callable on the thread that writes
-        it, and is called on the socket's thread. ``epoch`` is the Unix second of the start.
+        ``sources`` are those of the index; ``on_index_thread`` runs a callable on the thread that
+        writes it, and is called on the socket's thread. ``epoch`` is the Unix second of the start.
 
         Raises:
             zmq.ZMQError: an endpoint cannot be bound.
@@ -50,9 +50,9 @@ class ZmqPlane:
         self.stats = stats if stats is not None else PlaneStats("zmq")
         self.instance = secrets.token_hex(8)
         self._sources = sources
-        self._at_rest = at_rest
+        self._on_index_thread = on_index_thread
         self._first = topics.first_sequence(epoch)
-        self._topics: dict[Sink, bytes] = {}
+        self._topics: dict[BlockSink, bytes] = {}
         self._socket = EventSocket(
             endpoint,
             replay_endpoint,
@@ -67,7 +67,7 @@ class ZmqPlane:
         self.replay_endpoint = self._socket.replay_endpoint
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         """Send one batch, which ``source`` has taken in already, as the next of its topic."""
         topic = self._topics.get(source)
@@ -93,7 +93,7 @@ class ZmqPlane:
         ]
 
     def _snapshot(self, prefix: bytes) -> Iterator[Message]:
-        frozen = self._at_rest(lambda: topics.freeze(self._wanted(prefix), self._sequence))
+        frozen = self._on_index_thread(lambda: topics.freeze(self._wanted(prefix), self._sequence))
         for stream in frozen:
             name = topics.topic(stream.worker, stream.rank)
             for payload in topics.batches(stream):

@@ -21,6 +21,7 @@ import zmq
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from llm_worker.kv.records import BlockRemoved, BlockStored
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.kv.trtllm.translator import (
     EVENT_TYPES,
@@ -29,7 +30,6 @@ from llm_worker.kv.trtllm.translator import (
     Told,
     Translator,
 )
-from llm_worker.kv.wire import BlockRemoved, BlockStored
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import msgspec
 import zmq
 
 from llm_worker.kv.plane.transport import EventSocket
+from llm_worker.kv.records import ALL_MEDIA
 from llm_worker.kv.stats import PlaneStats
-from llm_worker.kv.wire import ALL_MEDIA
 
 
 def unsigned(block_hash: int | bytes) -> int | bytes:

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 from llm_worker.kv.trtllm.publisher import unsigned
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, Hash
 
 UNTOLD_BLOCKS = 100_000  # remembered, of each rank
 MEDIA = ("gpu", "cpu", "storage")  # by cache level

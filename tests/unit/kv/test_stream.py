@@ -11,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_worker.kv.follow.listener import connectable
-from llm_worker.kv.follow.stream import ATTEMPTS, EPOCH_BITS, Stream
-from llm_worker.kv.index.index import Index, Sink, Source
+from llm_worker.kv.follow.recovery import ATTEMPTS
+from llm_worker.kv.follow.stream import Stream
+from llm_worker.kv.index.index import Index
+from llm_worker.kv.index.source import BlockSink, Source
+from llm_worker.kv.plane.topics import EPOCH_BITS
+from llm_worker.kv.records import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from llm_worker.kv.stats import ListenerStats
-from llm_worker.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, encode
+from llm_worker.kv.wire import encode
 
 UNKNOWN = b"\x93\xcb\x40\x59\x00\x00\x00\x00\x00\x00\x91\x81\xa4type\xa4Nope\xc0"
 
@@ -72,7 +76,7 @@ class Outlet:
         self.payloads: list[bytes] = []
 
     def publish(
-        self, source: Sink, payload: bytes, events: Sequence[Event], timestamp: float
+        self, source: BlockSink, payload: bytes, events: Sequence[Event], timestamp: float
     ) -> None:
         self.payloads.append(payload)
 
@@ -107,7 +111,7 @@ class Ear:
     def answer(self, *, most: int | None = None, leave_out: Sequence[int] = ()) -> int:
         """Answer all questions, the first one with ``most`` batches and no end."""
         questions = 0
-        while (ask := self.stream.ask) is not None:
+        while (ask := self.stream.request) is not None:
             questions += 1
             assert questions < 100, "it asks for ever"
             if not self.replayable:
@@ -119,9 +123,9 @@ class Ear:
             for number, payload in self.publisher.kept(ask.start)[:most]:
                 if number not in leave_out:
                     self.stream.replayed(number, payload)
-                if self.stream.ask is not ask:
+                if self.stream.request is not ask:
                     break
-            if self.stream.ask is ask:
+            if self.stream.request is ask:
                 if most is None:
                     self.stream.replay_ended()
                 else:
@@ -136,7 +140,7 @@ class Ear:
         self.stream.replay_ended()
 
     def fail(self, outcome: str = "timeout") -> None:
-        assert self.stream.ask is not None
+        assert self.stream.request is not None
         self.stream.replay_failed(outcome)
 
     def held(self) -> set[object]:
@@ -155,7 +159,7 @@ def test_batches_in_order_are_applied_and_handed_on_verbatim() -> None:
     assert ear.stats.batches_applied == 5
     assert ear.stats.sequence == 4
     assert ear.outlet.payloads == [payload for _, payload in messages]
-    assert ear.stream.ask is None
+    assert ear.stream.request is None
 
 
 def test_before_the_publisher_answered_the_source_is_unsynchronised() -> None:
@@ -163,8 +167,8 @@ def test_before_the_publisher_answered_the_source_is_unsynchronised() -> None:
     ear = Ear()
     ear.stream.connected()
     assert ear.source.stale == {"unsynchronised"}
-    assert ear.stream.ask is not None
-    assert ear.stream.ask.start == 0
+    assert ear.stream.request is not None
+    assert ear.stream.request.start == 0
 
 
 def test_a_publisher_that_published_nothing_yet_is_synchronised_and_empty() -> None:
@@ -213,7 +217,7 @@ def test_without_a_replay_endpoint_a_first_batch_that_is_not_the_first_marks_mis
         ear.fail("unavailable")
         assert ear.source.stale == {"unsynchronised"}
         ear.stream.check_tail()
-        assert ear.stream.ask is None
+        assert ear.stream.request is None
         ear.hear(
             *(publisher.sent[1:] or [publisher.publish(stored(2))] if late else publisher.sent)
         )
@@ -229,8 +233,8 @@ def test_a_gap_is_replayed_and_what_came_behind_it_waits() -> None:
     ear.hear(*messages[6:8])
     assert ear.held() == {0, 1, 2}
     assert ear.stats.queue_batches == 2
-    assert ear.stream.ask is not None
-    assert ear.stream.ask.start == 3
+    assert ear.stream.request is not None
+    assert ear.stream.request.start == 3
     ear.hear(*messages[8:])
     ear.answer()
     assert ear.is_true()
@@ -313,7 +317,7 @@ def test_a_publisher_that_does_not_answer_is_given_up_with_the_index_stale() -> 
     assert ear.source.stale == {"gap"}
     for _ in range(ATTEMPTS - 1):
         ear.fail()
-    assert ear.stream.ask is None
+    assert ear.stream.request is None
     assert ear.held() == {0, 2}
     assert ear.source.stale == {"gap"}
     assert ear.stats.replays["timeout"] == ATTEMPTS
@@ -343,7 +347,7 @@ def test_a_gap_that_was_a_reorder_heals_by_itself() -> None:
     ear.hear(messages[1])
     assert ear.is_true()
     assert ear.stats.batches_late == 2
-    assert ear.stream.ask is None
+    assert ear.stream.request is None
 
 
 def test_a_duplicate_is_counted_and_changes_nothing() -> None:
@@ -443,9 +447,9 @@ def test_a_left_over_with_the_very_next_number_is_not_taken_for_the_new_processs
 def test_a_left_over_that_was_held_back_is_not_applied_when_its_number_comes() -> None:
     """It was read while the new process was asked for its first batches."""
     ear, left = restarted(read=5, published=7)
-    ask = ear.stream.ask
+    ask = ear.stream.request
     ear.stream.replayed(*ear.publisher.sent[4])  # the number that was last, another batch
-    assert ear.stream.ask is not ask
+    assert ear.stream.request is not ask
     ear.hear(left[2])  # number 7
     ear.answer()
     assert ear.held() == set(range(100, 107))
@@ -524,7 +528,7 @@ def test_a_restart_forgets_what_was_held_back_for_the_old_process() -> None:
     ear.publisher.restart()
     ear.hear(ear.publisher.publish(stored(100)))
     assert ear.stats.queue_batches == 0
-    assert ear.stream.ask is None
+    assert ear.stream.request is None
     assert ear.is_true()
 
 
@@ -663,14 +667,14 @@ def test_what_the_queue_had_no_room_for_is_not_forgotten_where_nobody_can_be_ask
         assert ear.held() == {0, 1, 2, 3}
     ear.answer()
     assert ear.source.stale == {"gap"}
-    assert ear.stream.ask is None
+    assert ear.stream.request is None
 
 
 def test_what_waits_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompts make batches of many kilobytes; as many places would be taken by gigabytes."""
     ear = Ear().connect()
     messages = [ear.publisher.publish(stored(number)) for number in range(20)]
-    monkeypatch.setattr("llm_worker.kv.follow.stream.CAPACITY_BYTES", 4 * len(messages[0][1]))
+    monkeypatch.setattr("llm_worker.kv.follow.holdback.CAPACITY_BYTES", 4 * len(messages[0][1]))
     for _ in range(2):  # whatever was held is given back
         ear.hear(*messages[1:])
         assert ear.stats.queue_batches == 4
@@ -700,7 +704,7 @@ def test_an_undecodable_batch_costs_itself_and_marks_the_index() -> None:
     assert ear.source.stale == {"undecodable"}
     assert ear.stats.undecodable == {"msgpack": 1}
     assert ear.stats.batches_lost == 1
-    assert ear.stream.ask is None
+    assert ear.stream.request is None
 
 
 def test_events_of_an_unknown_type_are_counted_and_do_not_mark_the_index() -> None:
@@ -767,7 +771,7 @@ def test_a_clear_that_may_be_of_the_gpus_blocks_only_marks_the_index() -> None:
     assert ear.held() == {3}
     assert ear.source.stale == {"other_media"}
     ear.hear(ear.publisher.publish(AllBlocksCleared()))
-    ear.stream.proved()
+    ear.stream.audited_equal()
     assert ear.source.stale == {"other_media"}
     ear.hear(ear.publisher.publish(AllBlocksCleared(medium="all"), stored(4)))
     assert ear.is_true()
@@ -777,7 +781,7 @@ def test_a_clear_of_one_medium_leaves_the_others_and_every_doubt() -> None:
     """Our plug-in says which blocks a reset was of."""
     ear = Ear().connect()
     ear.hear(ear.publisher.publish(stored(1, 2), stored(2, 3, medium="cpu")))
-    ear.source.mark_stale("gap")
+    ear.source.trust.lost()
     ear.hear(ear.publisher.publish(AllBlocksCleared(medium="gpu")))
     assert ear.source.blocks() == {"cpu": 2}
     assert ear.source.stale == {"gap"}
@@ -790,7 +794,7 @@ def test_a_planes_clear_is_of_all_blocks() -> None:
     """It has a worker's whole index behind it, and says by itself when that is not trusted."""
     ear = Ear(Publisher(epoch=1000)).connect()
     ear.hear(ear.publisher.publish(stored(1), stored(1, 2, medium="cpu")))
-    ear.source.mark_stale("gap")
+    ear.source.trust.lost()
     ear.hear(ear.publisher.publish(AllBlocksCleared()))
     assert ear.is_true()
 
@@ -799,14 +803,14 @@ def test_proof_of_the_gpus_blocks_takes_nothing_back_that_others_may_be_the_reas
     """What an engine tells is its own pool; a connector's blocks cannot be compared."""
     ear = Ear(index=Index(max_blocks=3)).connect()
     ear.hear(ear.publisher.publish(stored(1), stored(9, medium="cpu")))
-    for reason in ("gap", "audit"):
-        ear.source.mark_stale(reason)
-    ear.stream.proved()
+    ear.source.trust.lost()
+    ear.source.trust.drifted()
+    ear.stream.audited_equal()
     assert ear.source.stale == {"gap"}
     ear.hear(ear.publisher.publish(BlockRemoved(hashes=[9], medium="cpu")))
     ear.hear(ear.publisher.publish(stored(2, 3, 4), removed(4)))
     assert ear.source.stale == {"gap", "index_full"}
-    ear.stream.proved()
+    ear.stream.audited_equal()
     assert not ear.source.stale
 
 
@@ -818,7 +822,7 @@ def test_an_index_that_was_full_is_filled_again_once_there_is_room() -> None:
     ear.hear(ear.publisher.publish(stored(1, 2, 3)))
     assert ear.held() == {1, 2}
     ear.stream.check_stale()
-    assert ear.stream.ask is None
+    assert ear.stream.request is None
     index.remove_worker("other")
     ear.stream.check_stale()
     ear.answer()
@@ -846,12 +850,12 @@ def test_what_arrives_during_a_snapshot_is_applied_once_behind_it() -> None:
     ear = Ear(publisher)
     ear.stream.connected()
     publisher.publish(stored(2))
-    ask = ear.stream.ask
+    ask = ear.stream.request
     assert ask is not None
     ear.stream.replayed(*publisher.sent[-1])
     ear.stream.replay_ended()
-    assert ear.stream.ask is not None
-    assert ear.stream.ask.start is None
+    assert ear.stream.request is not None
+    assert ear.stream.request.start is None
     inside = publisher.publish(removed(1))
     ear.hear(inside)
     snapshot = [
@@ -879,11 +883,169 @@ def test_a_snapshot_that_breaks_off_is_asked_for_again_and_starts_anew() -> None
     ear.stream.replayed(publisher.sent[-1][0], encode(1.0, [AllBlocksCleared()], 0))
     ear.stream.replayed(publisher.sent[-1][0], encode(1.0, [stored(1)], 0))
     ear.fail()
-    assert ear.source.stale == {"missed_first"}
+    assert ear.source.stale == {"missed_first", "unsynchronised"}
     publisher.publish(removed(1))
     ear.answer()
     assert ear.is_true()
     assert ear.held() == {2}
+
+
+def test_a_snapshot_that_is_given_up_leaves_the_index_marked() -> None:
+    """A part of it is held, and neither news nor a quiet publisher make up for the rest."""
+    publisher = Publisher(epoch=1000)
+    ear = Ear(publisher).connect()
+    ear.hear(*[publisher.publish(stored(number)) for number in range(3)])
+    ear.source.trust.lost()
+    ear.stream.check_stale()
+    pieces = ([AllBlocksCleared()], [stored(1)], [stored(2)])
+    for _ in range(ATTEMPTS):
+        for events in pieces[:2]:
+            ear.stream.replayed(publisher.sent[-1][0], encode(1.0, events, 0))
+        assert "unsynchronised" in ear.source.stale
+        ear.fail()
+    assert ear.stream.request is None
+    ear.hear(publisher.publish(stored(10)))
+    ear.stream.check_tail()
+    ear.answer()
+    assert ear.source.stale == {"unsynchronised", "gap"}
+    assert ear.held() == {1, 10}
+    ear.stream.check_stale()
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_a_snapshot_of_pieces_that_cannot_be_read_is_none() -> None:
+    """It is asked for again, and what is held stays until there is a better one."""
+    publisher = Publisher(epoch=1000)
+    ear = Ear(publisher).connect()
+    ear.hear(publisher.publish(stored(1)))
+    ear.source.trust.lost()
+    ear.stream.check_stale()
+    ear.stream.replayed(publisher.sent[-1][0], b"\xc1")
+    ear.stream.replay_ended()
+    assert ear.held() == {1}
+    assert ear.source.stale == {"gap"}
+    ear.answer()
+    assert ear.is_true()
+
+
+def test_a_snapshot_is_not_asked_for_when_the_doubt_ended_meanwhile() -> None:
+    """It would empty an index that is true."""
+    publisher = Publisher(memory=5, epoch=1000)
+    for number in range(9):
+        publisher.publish(stored(number))
+    ear = Ear(publisher)
+    ear.stream.connected()
+    number, payload = publisher.publish(stored(20))
+    ear.hear((number, payload), (number - 20, b"\xc1"))
+    ear.answer()
+    assert ear.is_true()
+    ear.hear((publisher.sent[-1][0] - 1, b"\xc1"))  # a duplicate that cannot be read
+    assert ear.source.stale == {"undecodable"}
+    ear.answer()
+    assert ear.is_true()
+    for _ in range(3):
+        ear.hear(publisher.publish(stored(30)))
+        assert ear.stream.request is None
+
+
+def test_what_is_read_after_the_connection_broke_does_not_end_the_doubt_about_it() -> None:
+    """It was queued here. Nor is anybody asked: who answers may be another process."""
+    for epoch in (None, 1000):
+        ear = Ear(Publisher(epoch=epoch)).connect()
+        messages = [ear.publisher.publish(stored(number)) for number in range(4)]
+        ear.hear(messages[0])
+        ear.stream.disconnected()
+        ear.hear(messages[2], messages[3])
+        assert ear.stream.request is None
+        ear.hear(messages[1])
+        assert ear.held() == {0, 1, 2, 3}
+        assert ear.source.stale == {"disconnected"}
+        ear.hear(ear.publisher.publish(AllBlocksCleared()))
+        assert ear.source.stale == {"disconnected"}
+        ear.stream.connected()
+        assert ear.source.stale == {"disconnected"}
+        ear.answer()
+        assert ear.is_true()
+
+
+def test_what_is_given_up_is_one_failure_and_what_waits_behind_it_goes_on() -> None:
+    """For who knows that nobody has it, as the reader of a NATS stream does."""
+    ear = Ear().connect()
+    messages = [ear.publisher.publish(stored(number)) for number in range(6)]
+    ear.hear(messages[0], messages[2], messages[5])
+    ear.stream.give_up("aged_out")
+    assert ear.held() == {0, 2}
+    assert ear.stats.replays == {"aged_out": 1}
+    assert ear.stream.request is not None  # another hole behind the first
+    ear.stream.give_up("aged_out")
+    assert ear.held() == {0, 2, 5}
+    assert ear.stats.replays == {"aged_out": 2}
+    assert ear.stats.batches_lost == 3
+    assert ear.source.stale == {"gap"}
+    ear.stream.give_up("aged_out")  # nothing is asked for
+    assert ear.stats.replays == {"aged_out": 2}
+
+
+def test_a_reconnect_that_nobody_explains_marks_what_goes_on_behind_a_hole_too() -> None:
+    """The answer about the hole may be the first word of another process."""
+    ear = Ear().connect()
+    ear.hear(*[ear.publisher.publish(stored(number)) for number in range(3)])
+    ear.stream.disconnected()
+    ear.publisher.restart()
+    new = [ear.publisher.publish(stored(100 + number)) for number in range(6)]
+    ear.stream.connected()
+    ear.hear(new[5])
+    for _ in range(ATTEMPTS):
+        ear.fail()
+    ear.answer()
+    assert ear.stats.gaps["restart"] == 0
+    assert ear.held() > {1, 105}
+    assert ear.source.stale == {"gap"}
+
+
+def test_a_left_over_of_a_dead_plane_is_not_the_first_batch_of_its_successor() -> None:
+    """Which has published nothing when it is asked, so not even its epoch is known."""
+    ear = Ear(Publisher(epoch=1000)).connect()
+    ear.hear(ear.publisher.publish(stored(1)))
+    left = ear.publisher.publish(stored(2))
+    ear.stream.disconnected()
+    ear.publisher.restart()
+    ear.stream.connected()
+    ear.answer()
+    assert ear.is_true()
+    ear.hear(left)
+    ear.answer()
+    assert ear.is_true()
+    assert ear.held() == set()
+    ear.hear(ear.publisher.publish(stored(3)))
+    ear.answer()
+    assert ear.is_true()
+    assert ear.held() == {3}
+
+
+def test_a_plane_that_started_after_2038_is_followed() -> None:
+    """Its epoch takes the sign bit of the number. One of all ones is no time."""
+    ear = Ear(Publisher(epoch=(1 << 31) + 5)).connect()
+    ear.hear(ear.publisher.publish(stored(1)))
+    ear.hear(((1 << 64) - 2, ear.publisher.sent[0][1]))
+    assert ear.is_true()
+    assert ear.held() == {1}
+    assert ear.stats.undecodable == {"frames": 1}
+
+
+@pytest.mark.parametrize("timestamp", [float("-inf"), -1e308, float("nan"), float("inf")])
+def test_a_time_that_is_none_does_not_ruin_the_sum_of_lags(timestamp: float) -> None:
+    """A counter that became infinite stays so for ever."""
+    for before in (0, 1):  # in order, and one by one
+        ear = Ear()
+        ear.stream.connected()
+        if not before:
+            ear.answer()
+        payload = encode(timestamp, [stored(1)], 0)
+        ear.stream.live([(bytes(8), payload)], 1000.0)
+        ear.answer()
+        assert 0.0 <= ear.stats.lag.total <= 86_400.0
 
 
 def test_a_planes_restart_is_a_jump_of_its_epoch() -> None:
@@ -895,6 +1057,16 @@ def test_a_planes_restart_is_a_jump_of_its_epoch() -> None:
     assert ear.held() == {100}
     assert ear.is_true()
     assert ear.stats.batches_lost == 0
+
+
+@pytest.mark.parametrize("checks_rank", [True, False])
+def test_batches_of_another_rank_mark_the_index(checks_rank: bool) -> None:
+    """A wrong port would give this rank another one's blocks. Not all publishers say a rank."""
+    ear = Ear(checks_rank=checks_rank).connect()
+    ear.hear((0, encode(1.0, [stored(1)], None)), (1, encode(2.0, [stored(2)], 0)))
+    assert not ear.source.stale
+    ear.hear((2, encode(3.0, [stored(3)], 7)))
+    assert ear.source.stale == ({"duplicate_worker"} if checks_rank else set())
 
 
 def test_two_publishers_with_one_workers_name_mark_it() -> None:
@@ -999,7 +1171,7 @@ def test_any_split_duplication_loss_and_reorder_gives_the_index_of_the_stream(
             arriving += [message for message in arriving if chance.random() < 0.2]
             ear.hear(*arriving)
             on_the_way = []
-        if chance.random() < 0.3 and ear.stream.ask is not None:
+        if chance.random() < 0.3 and ear.stream.request is not None:
             ear.answer(most=chance.choice([None, 1, 3]))
     ear.answer()
     if not replayable:
