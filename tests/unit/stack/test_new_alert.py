@@ -12,7 +12,7 @@ import pytest
 from support.places import ROOT
 
 COPIED = (
-    "prometheus", "scripts/new-alert", "tests/conftest.py", "tests/support",
+    "docs", "prometheus", "scripts/new-alert", "tests/conftest.py", "tests/support",
     "tests/integration/fixtures", "tests/unit/stack/test_rules_documents.py", "worker/llm_worker",
 )  # fmt: skip
 FILLED = {
