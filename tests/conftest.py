@@ -1,7 +1,8 @@
 """What every tier shares: what a test needs, and what happens when that is not here.
 
 A missing need skips the test by name; ``--require=NAME`` turns that skip into a failure, so that a
-machine that ought to have everything cannot pass by having nothing.
+machine that ought to have everything cannot pass by having nothing. What each tier promises is in
+CONTRIBUTING.md; tests/unit/conftest.py holds the unit tier to it.
 """
 
 from __future__ import annotations

@@ -349,6 +349,18 @@ def test_a_runbook_asks_only_for_metrics_that_exist_and_links_only_to_files(path
         assert (path.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("folder", ["rules", "tests", "runbooks"])
+def test_what_was_begun_is_filled_in(folder: str) -> None:
+    """scripts/new-alert leaves TODO where somebody has to write."""
+    begun = [
+        f"{path.name}:{number}"
+        for path in sorted((PROMETHEUS / folder).iterdir())
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if "TODO" in line
+    ]
+    assert not begun
+
+
 def test_alert_limits_follow_the_scrape_limits() -> None:
     """ScrapeSlow and CardinalityHigh warn at 0.8 of what prometheus.yml allows."""
     settings = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))["global"]

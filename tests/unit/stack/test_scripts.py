@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,7 +25,7 @@ ALL_PHASES = (*phases(0), *phases(1))
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 BAT = ROOT / "start-monitoring.bat"
-COMMANDS = ("up", "down", "test", "check")
+COMMANDS = ("up", "down", "test", "check", "new-alert")
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
@@ -474,3 +475,53 @@ def test_every_python_program_is_linted_and_typed() -> None:
     }
     assert set(tools["ruff"]["extend-include"]) == programs
     assert {name for name in tools["mypy"]["files"] if "/" in name} == programs
+
+
+def test_check_fix_mends_before_it_checks(tmp_path: Path) -> None:
+    """And without --fix it changes nothing."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    calls = tmp_path / "calls"
+    for name in (".venv/bin/ruff", "scripts/generate"):
+        stub = tmp_path / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(f'#!/bin/sh\necho "$(basename "$0") $*" >>{calls}\n', encoding="utf-8")
+        stub.chmod(0o755)
+
+    def called(*options: str) -> list[str]:
+        calls.unlink(missing_ok=True)
+        check = [str(tmp_path / "scripts" / "check"), "--no-install", *options]
+        subprocess.run(check, capture_output=True, check=False)
+        return calls.read_text(encoding="utf-8").splitlines()
+
+    checks = ["ruff check .", "ruff format --check .", "generate --check"]
+    assert called() == checks
+    mended = ["ruff check --quiet --fix-only .", "ruff format --quiet .", "generate "]
+    assert called("--fix") == [*mended, *checks]
+
+
+def test_pre_commit_runs_tools_of_ours_and_downloads_none() -> None:
+    """Each hook goes through scripts/lib/hook, which takes the tools of .venv."""
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}
+    assert set(hooks) == {"ruff-check", "ruff-format", "shellcheck", "generated"}
+    for hook in hooks.values():
+        assert hook["entry"].startswith("scripts/lib/hook ")
+        assert hook["language"] == "system"
+    for path in (
+        "docs/metrics.md",
+        "grafana/dashboards/kv/cache.py",
+        "worker/llm_worker/metrics.py",
+    ):
+        assert (ROOT / path).exists()
+        assert re.search(hooks["generated"]["files"], path)
+
+
+@pytest.mark.parametrize(("command", "code"), [(["sh", "-c", "exit 3"], 3), (["no-such-tool"], 0)])
+def test_a_hook_fails_as_its_tool_does_and_not_for_want_of_it(
+    command: list[str], code: int
+) -> None:
+    """A fresh clone can commit before scripts/check has made .venv."""
+    done = subprocess.run([ROOT / "scripts/lib/hook", *command], capture_output=True, check=False)
+    assert done.returncode == code
