@@ -15,7 +15,7 @@ from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.index.source import BlockSink, Source
 from llm_worker.kv.index.trust import Trust
-from llm_worker.kv.pipeline import Pipeline
+from llm_worker.kv.pipeline import Pipeline, SecondWriterError
 from llm_worker.kv.plane.transport import EventSocket
 from llm_worker.kv.records import BlockStored, Event, Hash
 from llm_worker.kv.stats import PlaneStats
@@ -220,6 +220,23 @@ def test_a_listener_that_gets_no_sockets_is_no_listener(socket: EventSocket) -> 
         until("the listener to be connected", lambda: again.stats.connected)
         pipeline.close()
         assert pipeline.crashes == 0
+
+
+def test_a_source_has_one_writer_and_a_new_one_starts_afresh(socket: EventSocket) -> None:
+    """A second publisher is refused by name; one that follows owns nothing of its predecessor's."""
+    pipeline = Pipeline(Index())
+    pipeline.start()
+    first = listen(pipeline, socket)
+    with pytest.raises(SecondWriterError, match="is followed at"):
+        pipeline.listen("tcp://127.0.0.1:1", None, worker="w", rank=0)
+    assert pipeline.listeners == [first]
+    source = pipeline.index.source("w", 0)
+    pipeline.on_index_thread(lambda: source.apply([BlockStored(hashes=[1, 2], block_size=16)]))
+    pipeline.forget(first)
+    assert source.hashes() == {1, 2}, "who is away may come back"
+    listen(pipeline, socket)
+    assert source.hashes() == set()
+    pipeline.close()
 
 
 def test_a_clear_goes_to_the_outlets_like_any_event(

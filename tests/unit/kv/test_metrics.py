@@ -65,6 +65,7 @@ LABELS = {
     "fleet_unique_blocks": (),
     "fleet_held_blocks": (),
     "fleet_workers": ("health",),
+    "fleet_round_failures_total": (),
 }
 CLOSED = {
     ("batches_total", "outcome"): "applied duplicate late replayed lost dropped",

@@ -27,7 +27,7 @@ import zmq
 from llm_worker.errors import ConfigError
 from llm_worker.kv.follow.listener import Listener
 from llm_worker.kv.index.index import Index
-from llm_worker.kv.pipeline import Pipeline
+from llm_worker.kv.pipeline import Pipeline, SecondWriterError
 from llm_worker.kv.plane import topics
 from llm_worker.kv.plane.transport import END_SEQUENCE, STATUS
 from llm_worker.kv.stats import ListenerStats
@@ -238,7 +238,7 @@ class Fleet:
         """Do something at one address; what goes wrong there costs no other."""
         try:
             do(address)
-        except (zmq.ZMQError, OSError, TimeoutError) as error:
+        except (zmq.ZMQError, OSError, TimeoutError, SecondWriterError) as error:
             self._note_failure("%s: %s; it is tried again", address.key, error)
 
     def _note_failure(self, message: str, *arguments: object) -> None:

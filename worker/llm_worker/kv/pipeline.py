@@ -50,6 +50,20 @@ class Outlet(StreamOutlet, Protocol):
         """Flush what is buffered, within a bound, and let go."""
 
 
+class SecondWriterError(RuntimeError):
+    """Two publishers would write one source. Handled by whoever listens: forget the first, or name
+    the second otherwise.
+    """
+
+    def __init__(self, worker: str, rank: int, first: str, second: str) -> None:
+        super().__init__(
+            f"rank {rank} of {worker!r} is followed at {first} already, and not at {second}: "
+            "forget that one, or give this one another name"
+        )
+        self.worker = worker
+        self.rank = rank
+
+
 class Pipeline:
     """Listeners of one process, the index that they write, and the outlets behind it."""
 
@@ -96,12 +110,19 @@ class Pipeline:
         ``checks_rank`` batches of another rank mark the source.
 
         Raises:
+            SecondWriterError: somebody is listened to for that already.
             TimeoutError: as of `on_index_thread`; it is not listened to.
             zmq.ZMQError: as of `Listener.open`; it is not listened to.
         """
 
         def make() -> Listener:
             whole = self.index.source(worker, rank)
+            stats = ListenerStats(worker, rank, part=None if part == ENGINE else part)
+            for other in self.listeners:
+                if (other.worker, other.rank, other.stats.part) == (worker, rank, stats.part):
+                    raise SecondWriterError(worker, rank, other.endpoint, endpoint)
+            if part is None and whole.blocks():
+                whole.clear()  # what another publisher has said before is not this one's
             if block_size is not None:
                 whole.block_size = block_size
             listener = Listener(
@@ -110,7 +131,7 @@ class Pipeline:
                 worker=worker,
                 rank=rank,
                 source=whole if part is None else self._merged(whole).part(part),
-                stats=ListenerStats(worker, rank, part=None if part == ENGINE else part),
+                stats=stats,
                 topic=topic,
                 epochs=epochs,
                 outlets=self.outlets if part is None else (),
