@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_worker.kv.follow.listener import connectable
 from llm_worker.kv.follow.recovery import ATTEMPTS
 from llm_worker.kv.follow.stream import Stream
 from llm_worker.kv.index.index import Index
@@ -1076,6 +1075,18 @@ def test_a_time_that_is_none_does_not_ruin_the_sum_of_lags(timestamp: float) -> 
         assert 0.0 <= ear.stats.lag.total <= 86_400.0
 
 
+def test_a_publisher_without_a_clock_is_not_taken_for_another_one_each_time() -> None:
+    """A time that is none differs from itself."""
+    ear = Ear().connect()
+    message = (0, encode(float("nan"), [stored(1)], 0))
+    ear.publisher.sent.append(message)
+    ear.hear(message)
+    ear.stream.check_tail()
+    ear.answer()
+    assert ear.held() == {1}
+    assert ear.stats.gaps == {}
+
+
 def test_a_planes_restart_is_a_jump_of_its_epoch() -> None:
     """Forward, with numbers that look like a gap of four thousand million."""
     ear = Ear(Publisher(epoch=1000)).connect()
@@ -1111,15 +1122,6 @@ def test_two_publishers_with_one_workers_name_mark_it() -> None:
     ear.hear(older.publish(stored(3)))
     assert ear.held() == {2}
     assert "duplicate_worker" in ear.source.stale
-
-
-def test_an_endpoint_that_was_bound_is_connected_to_on_this_machine() -> None:
-    """vLLM tells the address that it bound."""
-    assert connectable("tcp://*:20080") == "tcp://127.0.0.1:20080"
-    assert connectable("tcp://0.0.0.0:1") == "tcp://127.0.0.1:1"
-    assert connectable("tcp://[::]:1") == "tcp://[::1]:1"
-    assert connectable("tcp://10.0.0.1:1") == "tcp://10.0.0.1:1"
-    assert connectable("ipc:///run/kv") == "ipc:///run/kv"
 
 
 blocks = st.lists(st.integers(0, 20), min_size=1, max_size=4)

@@ -14,7 +14,9 @@ was. There is one question at a time. Three things lead away from FOLLOWING:
   reply tells who it is, and the rest of the answer is what was missed (CATCH_UP).
 - **A hole.** A batch came whose predecessors did not (GAP), or another process publishes and its
   first batches did not come (RESTART), or nothing came for a while and the last batch may be lost
-  (TAIL). What is missing is asked for; what came behind it is held back.
+  (TAIL). What is missing is asked for; what came behind it is held back. Where numbers do not tell
+  who answers, the last batch that was applied is asked for with it, as in RESUME: a successor may
+  answer while the old connection is still half open.
 - **A mark.** The index of a plane is stale for a reason that a complete state would end: a
   snapshot is asked for (SNAPSHOT). Its pieces replace all blocks.
 

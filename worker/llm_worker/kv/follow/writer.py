@@ -181,7 +181,8 @@ class Writer:
         self._stats.sequence = sequence
         self._stats.last_batch_timestamp_seconds = batch.timestamp
         self.timestamp = batch.timestamp
-        self.witness = (sequence, batch.timestamp)
+        is_a_time = batch.timestamp == batch.timestamp  # NaN is none, and differs from itself
+        self.witness = (sequence, batch.timestamp) if is_a_time else None
         if batch.rank != self._rank and batch.rank is not None and self._rank is not None:
             self.doubt(self._source.trust.name_shared)
 
