@@ -162,6 +162,14 @@ def test_only_settings_reads_the_environment(repository: Path) -> None:
     assert others == MAY_WRITE_ENVIRONMENT
 
 
+def test_a_long_module_says_why(repository: Path) -> None:
+    """Over 450 lines a module's docstring has a reason, behind the word Long."""
+    for name, tree in package(repository).items():
+        lines = max((getattr(node, "end_lineno", 0) or 0 for node in ast.walk(tree)), default=0)
+        about = ast.get_docstring(tree) or ""
+        assert lines <= 450 or "Long: " in about, f"{name} has {lines} lines and gives no reason"
+
+
 def test_the_supervisor_loads_the_standard_library_alone(repository: Path) -> None:
     """There is nothing in it that can crash, and it costs what a Python costs."""
     code = (

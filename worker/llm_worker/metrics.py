@@ -3,6 +3,7 @@
 Owns names, labels, HELP texts and buckets. Never measures anything, never reads the environment,
 and imports without vLLM. A label set that is closed is initialised when its owner is known, so that
 ``rate()`` sees the first failure; a gauge whose value is not known yet has no sample.
+Long: a table of declarations that one reads by searching; the classes say which process has what.
 """
 
 from __future__ import annotations

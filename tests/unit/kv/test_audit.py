@@ -85,8 +85,8 @@ def test_an_index_that_holds_what_the_engine_holds_is_equal() -> None:
     assert stats.last_verdict_timestamp_seconds is not None
 
 
-def test_drift_is_counted_by_block_and_marks_the_source() -> None:
-    """Missing and surplus, whichever way it went wrong."""
+def test_drift_is_counted_by_block_and_mended() -> None:
+    """Missing and surplus, whichever way it went wrong: the index is the engine's afterwards."""
     rank = Rank()
     rank.index(1, 2, 3)
     made = auditor(rank, told(2, 3, 4, 5))
@@ -94,16 +94,61 @@ def test_drift_is_counted_by_block_and_marks_the_source() -> None:
     assert found["outcome"] == "drift"
     assert (found["missing_blocks"], found["surplus_blocks"]) == (2, 1)
     assert (found["engine_blocks"], found["index_blocks"]) == (4, 3)
-    assert rank.source.stale == {"audit"}
     assert made.stats()[0].drift_blocks == 3
+    assert made.stats()[0].mended_blocks == {"missing": 2, "surplus": 1}
+    assert rank.source.hashes() == {2, 3, 4, 5}
+    assert not rank.source.stale
+    assert verdict(made)["outcome"] == "equal"
+    assert made.stats()[0].drift_blocks == 0
+
+
+def test_an_index_that_lost_batches_comes_back_by_itself() -> None:
+    """As after a restart of the observer with a replay buffer that begins too late."""
+    rank = Rank()
+    rank.index(7)
+    rank.source.trust.lost()
+    made = auditor(rank, told(5, 6, 7))
+    assert rank.source.stale == {"gap"}
+    verdict(made)
+    assert rank.source.hashes() == {5, 6, 7}
+    assert not rank.source.stale
+
+
+def test_what_a_mended_index_took_over_goes_out_as_well() -> None:
+    """Who reads the plane has to come to the same blocks."""
+    sent: list[Any] = []
+    rank = Rank()
+    outlet = SimpleNamespace(publish=lambda source, payload, events, at: sent.extend(events))
+    rank.stream = Stream(rank.source, rank.stats, replayable=True, outlets=[outlet])
+    rank.stream.connected()
+    rank.stream.replay_ended()
+    rank.index(1, 2)
+    sent.clear()
+    verdict(auditor(rank, told(2, 3)))
+    told_on = [(type(event).__name__, list(event.hashes)) for event in sent]
+    assert told_on == [("BlockRemoved", [1]), ("BlockStored", [3])]
+
+
+def test_a_difference_that_cannot_be_mended_marks_the_source() -> None:
+    """A bounded index has no room for what is missing."""
+    rank = Rank()
+    rank.source = Index(max_blocks=2).source("w", 0)
+    rank.stream = Stream(rank.source, rank.stats, replayable=True)
+    rank.stream.connected()
+    rank.stream.replay_ended()
+    rank.index(1, 2)
+    made = auditor(rank, told(1, 2, 3))
+    assert verdict(made)["outcome"] == "drift"
+    assert "audit" in rank.source.stale
+    assert not made.stats()[0].mended_blocks
 
 
 def test_blocks_in_another_group_are_drift() -> None:
     """Hybrid models have several groups with a hash space in common."""
     rank = Rank()
     rank.index(1, 2, group=1)
-    assert verdict(auditor(rank, told(1, 2)))["outcome"] == "drift"
     assert verdict(auditor(rank, told(1, 2, group=1)))["outcome"] == "equal"
+    assert verdict(auditor(rank, told(1, 2)))["outcome"] == "drift"
 
 
 def test_equality_proves_an_index_that_had_lost_batches() -> None:

@@ -48,6 +48,7 @@ LABELS = {
     "match_seconds": (),
     "audits_total": ("worker", "engine", "outcome"),
     "audit_drift_blocks": ("worker", "engine"),
+    "audit_mended_blocks_total": ("worker", "engine", "direction"),
     "audit_last_verdict_timestamp_seconds": ("worker", "engine"),
     "plane_up": ("plane",),
     "merge_withheld_blocks_total": ("worker", "engine", "reason"),

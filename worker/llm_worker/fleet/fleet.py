@@ -7,6 +7,7 @@ again, one source for each address. A worker is heard at one place at a time: wh
 process, and what the last one held is forgotten with its listeners. What goes wrong at one address
 is that address's: it is counted and tried again, and every other goes on.
 Owns the pipeline and all of its listeners; decodes no event.
+Long: addresses are asked and workers follow from the answers, round by round.
 """
 
 from __future__ import annotations

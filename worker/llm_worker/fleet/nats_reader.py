@@ -7,6 +7,7 @@ snapshot, or marked. The accounting is `stream.Stream`'s, as for ZMQ.
 
 Runs an asyncio loop in a thread of its own. The index is written on the pipeline's thread only:
 every touch of a `Stream` goes through ``call``, which is also what holds back a fast server.
+Long: one connection, and what is asked, read and waited for over it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ all blocks. Never counts anything itself: it reads the plain numbers of `stats` 
 A closed label set is there with zeros from the first page on, so that ``rate()`` sees the first
 failure; a gauge whose value is not known has no sample. No series is made for when a counter was
 created.
+Long: half of it is the table of families, which the other half fills in the same order.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from prometheus_client.utils import floatToGoString
 from llm_worker.kv.plane.topics import COUNTER_MASK
 from llm_worker.kv.stats import (
     GAP_KINDS,
+    MENDED,
     PLANE_DROP_REASONS,
     PLANE_REFUSAL_REASONS,
     REPLAY_OUTCOMES,
@@ -262,6 +264,13 @@ AUDIT_FAMILIES = (
         _RANK,
         "When the index was last compared with the engine and found equal or different (Unix "
         "time). Absent before.",
+    ),
+    Family(
+        "audit_mended_blocks_total",
+        "counter",
+        (*_RANK, "direction"),
+        "Blocks by which the index differed from an engine that stood still, and which were taken "
+        "over from it: missing ones came back without parent and adapter, surplus ones went.",
     ),
 )
 PLANE_FAMILIES = (
@@ -642,6 +651,7 @@ def _audit_families(audits: Iterable[AuditStats]) -> Iterator[Metric]:
         page.gauge(
             "audit_last_verdict_timestamp_seconds", key, stats.last_verdict_timestamp_seconds
         )
+        page.counts("audit_mended_blocks_total", key, MENDED, stats.mended_blocks)
     yield from page
 
 

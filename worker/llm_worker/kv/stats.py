@@ -124,6 +124,9 @@ class MatchStats:
     seconds: Histogram = field(default_factory=lambda: Histogram(MATCH_SECONDS_BUCKETS))
 
 
+MENDED = ("missing", "surplus")
+
+
 @dataclass(slots=True)
 class AuditStats:
     """Comparisons of one rank's index with its engine."""
@@ -133,6 +136,7 @@ class AuditStats:
     # by outcome: equal, drift, busy (the engine was not quiet: no verdict), failed
     audits: Counter[str] = field(default_factory=Counter)
     drift_blocks: int | None = None  # of the last verdict: missing + surplus
+    mended_blocks: Counter[str] = field(default_factory=Counter)  # by MENDED: of what there was
     last_verdict_timestamp_seconds: float | None = None
 
 

@@ -5,6 +5,7 @@ A batch is ``[timestamp, events, rank?]``. Two encodings of an event are live: p
 Fields that are unknown here are skipped, events of an unknown type are counted, and an event that
 is broken costs itself, never its batch. Token ids are skipped in C unless they are asked for.
 Pure: no I/O, no clock, no logging.
+Long: every encoding there was, next to each other.
 Source: vllm/distributed/kv_events.py, 0.9.0.1 to 0.33.
 """
 

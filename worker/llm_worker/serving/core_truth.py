@@ -150,10 +150,11 @@ def held(core: Any, full: bool) -> dict[str, Any]:
 
     Returns:
         ``rank``; ``sequence``: of the last batch published, -1 before the first, None where there
-        is no publisher; ``quiet``: nothing runs; ``digests``: group → blocks, xor and sum of the
-        low 64 bits of their hashes; with ``full`` also ``hashes``: group → the hashes one after the
-        other, ``width`` bytes each; and what hashing prompts takes: ``none_hash`` (the first
-        block's parent), ``hash_block_size`` and ``block_sizes`` (tokens; of each group).
+        is no publisher; ``quiet``: nothing runs, and without that there are no contents;
+        ``digests``: group → blocks, xor and sum of the low 64 bits of their hashes; with ``full``
+        also ``hashes``: group → the hashes one after the other, ``width`` bytes each; and what
+        hashing prompts takes: ``none_hash`` (the first block's parent), ``hash_block_size`` and
+        ``block_sizes`` (tokens; of each group).
     """
     scheduler = core.scheduler
     flush(core)
@@ -174,7 +175,9 @@ def held(core: Any, full: bool) -> dict[str, Any]:
             group.kv_cache_spec.block_size for group in manager.kv_cache_config.kv_cache_groups
         ],
     }
-    return truth | _contents(list(pool.cached_block_hash_to_block._cache), integers, full)
+    # One that computes has moved on by the time anybody compares, and would wait for the contents.
+    keys = list(pool.cached_block_hash_to_block._cache) if truth["quiet"] else []
+    return truth | _contents(keys, integers, full)
 
 
 def _contents(keys: list[bytes], integers: bool, full: bool) -> dict[str, Any]:

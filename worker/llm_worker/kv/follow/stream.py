@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llm_worker.kv import records
 from llm_worker.kv.follow.holdback import CAPACITY_BATCHES
 from llm_worker.kv.follow.order import Order
 from llm_worker.kv.follow.recovery import (
@@ -196,6 +197,10 @@ class Stream:
     def clear(self, timestamp: float) -> None:
         """The publisher's blocks are gone, and it will say so only later."""
         self._writer.clear(timestamp)
+
+    def mend(self, events: Sequence[records.Event]) -> None:
+        """Take over what the engine holds, where batches that said so are not to be had."""
+        self._writer.mend(events)
 
     def audited_equal(self) -> None:
         """The engine's GPU holds exactly what is held of it here."""

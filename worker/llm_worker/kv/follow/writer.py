@@ -148,6 +148,11 @@ class Writer:
             events: list[Event] = [AllBlocksCleared()]
             self._publish(encode(timestamp, events, self._source.rank), events, timestamp)
 
+    def mend(self, events: Sequence[Event]) -> None:
+        """Apply what no batch said, but the engine itself. Readers of the outlets get it, too."""
+        self._source.apply(events)
+        self._publish(encode(self.timestamp, events, self._source.rank), events, self.timestamp)
+
     def forget_process(self) -> None:
         """Another process publishes."""
         self.clear(self.timestamp)

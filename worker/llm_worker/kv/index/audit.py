@@ -4,7 +4,9 @@ The engine tells a digest of its block pool and the number of the batch at which
 index is compared when it has applied exactly that batch. Only a quiet engine is asked to decide:
 telling takes it some milliseconds, and a busy one has moved on by the time the answer is here.
 A digest that differs is followed by the full set, which says how many blocks are wrong. Equality
-proves the index, whatever was lost before; a difference marks it. Never changes a block.
+proves the index, whatever was lost before. A difference marks it, and the index is mended: the full
+set of an engine that stands still is the truth, so what is too many goes and what is missing comes
+back, without its parent and its adapter, which the engine does not tell.
 A comparison that breaks is one that failed: counted, logged when what it says is new, and the next
 one is made as ever.
 """
@@ -21,19 +23,21 @@ from operator import xor
 from typing import Any, Protocol
 
 from llm_worker.kv.index.source import BlockSink
-from llm_worker.kv.records import GPU, Hash
+from llm_worker.kv.records import GPU, BlockRemoved, BlockStored, Event, Hash
 from llm_worker.kv.stats import AuditStats, ListenerStats
 
 log = logging.getLogger(__name__)
 
 CATCH_UP_SECONDS = 2.0
 INTERVAL_SECONDS = 60.0
+SOON_SECONDS = 5.0  # while an index is stale; longer each time that it does not help
 AGAIN_SECONDS = 600.0  # after a verdict, though nothing has happened: whoever watches sees its age
 QUIET_SECONDS = 2.0
 _MASK = (1 << 64) - 1
 
 Truth = Mapping[str, Any]  # what `truth.held` returns
 Digest = tuple[int, int, int]
+Block = tuple[int, Hash]  # KV-cache group, hash
 
 
 class Audited(Protocol):
@@ -116,17 +120,29 @@ class Auditor:
         }
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval_seconds):
+        soon = min(SOON_SECONDS, self._interval_seconds)
+        due = time.monotonic() + self._interval_seconds
+        while not self._stop.wait(soon):
+            # What is in doubt is compared soon, and less often the longer that does not help.
+            doubted = any(ranked.source.stale for ranked in self._ranks())
+            soon = min(2 * soon if doubted else SOON_SECONDS, self._interval_seconds)
+            everything = time.monotonic() >= due
+            if everything:
+                due = time.monotonic() + self._interval_seconds
             try:
-                self._look()
+                self._look(everything=everything)
             except Exception as error:  # whatever it is, the next comparison may work
                 self._complain("a comparison of the KV index broke", error)
                 for stats in list(self._stats.values()):
                     stats.audits["failed"] += 1
 
-    def _look(self) -> None:
-        """Compare the ranks for which it is time and which are quiet."""
-        due = [ranked for ranked in self._ranks() if self._is_due(ranked)]
+    def _look(self, *, everything: bool = True) -> None:
+        """Compare the ranks for which it is time and which are quiet; or those in doubt only."""
+        due = [
+            ranked
+            for ranked in self._ranks()
+            if (self._is_due(ranked) if everything else ranked.source.stale)
+        ]
         before = [ranked.stats.sequence for ranked in due]
         if not due or self._stop.wait(QUIET_SECONDS):
             return
@@ -243,12 +259,30 @@ class Auditor:
             for value in unpacked(packed, truth["width"], truth["integers"])
         }
         index = {(group, value) for group, hashes in blocks.items() for value in hashes}
-        missing, surplus = len(engine - index), len(index - engine)
-        counts = (len(engine), len(index), missing, surplus)
+        missing, surplus = engine - index, index - engine
+        counts = (len(engine), len(index), len(missing), len(surplus))
         if not missing and not surplus:
             return Verdict(worker, rank, "equal", "block by block", sequence, *counts)
-        self._on_index_thread(ranked.source.trust.drifted)
-        return Verdict(worker, rank, "drift", "they differ", sequence, *counts)
+        events = _mending(missing, surplus, truth.get("block_sizes", ()))
+        mended = self._on_index_thread(lambda: self._mend(ranked, sequence, events, engine))
+        if mended:
+            stats = self._of(ranked)
+            stats.mended_blocks.update(missing=len(missing), surplus=len(surplus))
+        reason = "they differed, and the index was mended" if mended else "they differ"
+        return Verdict(worker, rank, "drift", reason, sequence, *counts)
+
+    def _mend(
+        self, ranked: Audited, sequence: int | None, events: Sequence[Event], engine: set[Block]
+    ) -> bool:
+        """On the index's thread: take the engine's blocks over; whether they are what is held."""
+        ranked.source.trust.drifted()
+        if ranked.stats.sequence != sequence:
+            return False  # it went on: another audit will see
+        ranked.stream.mend(events)
+        if _held(ranked) != engine:
+            return False  # there is no room, or an adapter's lane has it otherwise
+        ranked.stream.audited_equal()
+        return True
 
     def _catch_up(self, ranked: Audited, sequence: int | None) -> bool:
         """Whether the index got to this batch, soon enough."""
@@ -280,6 +314,29 @@ class Auditor:
             return False
         ranked.stream.audited_equal()
         return True
+
+
+def _held(ranked: Audited) -> set[Block]:
+    """What is held of the engine's own pool, as group and hash."""
+    return {
+        (lane.group or 0, value)
+        for lane in ranked.source.lanes()
+        if lane.medium == GPU
+        for value in lane.parents
+    }
+
+
+def _mending(missing: set[Block], surplus: set[Block], block_sizes: Sequence[int]) -> list[Event]:
+    """Events that bring the index to what the engine holds, a few for each group."""
+    events: list[Event] = []
+    for group in sorted({group for group, _ in surplus | missing}):
+        gone = [value for each, value in surplus if each == group]
+        come = [value for each, value in missing if each == group]
+        size = block_sizes[group] if group < len(block_sizes) else 0
+        events += [BlockRemoved(hashes=gone, group=group)] if gone else []
+        # One each: a chain would make each the parent of the next.
+        events += [BlockStored(hashes=[value], block_size=size, group=group) for value in come]
+    return events
 
 
 def _number(sequence: int | None) -> int:

@@ -7,6 +7,7 @@ buffer during an outage, receivers see as a hole in the numbers. Beside the stre
 ``kv-request.<worker>`` gets the worker's blocks or its status.
 
 Runs an asyncio loop in a thread of its own. `publish` only appends to a bounded buffer.
+Long: a buffer, an outage and a request are about the same stream.
 """
 
 from __future__ import annotations
