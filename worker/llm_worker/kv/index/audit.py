@@ -196,7 +196,8 @@ class Auditor:
         self._complaint = ""
         stats.drift_blocks = (verdict.missing_blocks or 0) + (verdict.surplus_blocks or 0)
         stats.last_verdict_timestamp_seconds = time.time()
-        self._audited[ranked.rank] = verdict.sequence
+        # One that was mended is compared once more, which takes the difference back.
+        self._audited[ranked.rank] = verdict.sequence if verdict.outcome == "equal" else None
         if verdict.outcome == "drift":
             log.error(
                 "the KV index of rank %d differs from its engine: %d blocks missing, %d surplus",
