@@ -268,7 +268,8 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(part.environment),
                 cwd=ROOT,
-                start_new_session=True,
+                # A group of its own, and no session: see docs/adr/0011-three-processes.md.
+                process_group=0,
             )
         finally:
             os.close(writing)
