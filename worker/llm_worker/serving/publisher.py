@@ -34,7 +34,7 @@ class Publisher:
     def __init__(self, board: Board, pid: int, metrics: ServingMetrics) -> None:
         self._board = board
         self._metrics = metrics
-        self._status = Status(pid=pid, state="starting", since=time.time())
+        self._status = Status(pid=pid, state="", since=0.0)  # until `note` says the first one
         self._writing = threading.Lock()
         self._exposition: Exposition | None = None
         self._closing = threading.Event()
@@ -56,7 +56,7 @@ class Publisher:
 
     def note(self, lifecycle: Lifecycle) -> None:
         """Say which state and phase it is; any thread."""
-        if lifecycle.state.value != self._status.state or not self._status.since:
+        if lifecycle.state.value != self._status.state:
             self._metrics.state_entered_total.labels(lifecycle.state.value).inc()
         self.say(
             state=lifecycle.state.value,
