@@ -15,8 +15,8 @@ import httpx
 import nats.js.errors
 import pytest
 
-from llm_worker.fleet import nats_reader as nats_source
-from llm_worker.fleet.nats_reader import NatsSource
+from llm_worker.fleet import nats_reader
+from llm_worker.fleet.nats_reader import NatsReader
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.index.source import Source
 from llm_worker.kv.plane import nats_plane
@@ -34,9 +34,9 @@ T = TypeVar("T")
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is a matter of seconds in a fleet."""
-    monkeypatch.setattr(nats_source, "DISCOVER_SECONDS", 0.3)
-    monkeypatch.setattr(nats_source, "STATUS_SECONDS", 0.5)
-    monkeypatch.setattr(nats_source, "_SNAPSHOT_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(nats_reader, "DISCOVER_SECONDS", 0.3)
+    monkeypatch.setattr(nats_reader, "STATUS_SECONDS", 0.5)
+    monkeypatch.setattr(nats_reader, "_SNAPSHOT_PAUSE_SECONDS", 0.5)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ class Fleet:
         self._lock = threading.Lock()
         self.hold = threading.Event()  # while cleared, nothing is indexed
         self.hold.set()
-        self.source = NatsSource(url, index=self.index, call=self.call)
+        self.source = NatsReader(url, index=self.index, call=self.call)
         self.source.start()
 
     def call(self, ask: Callable[[], T]) -> T:
@@ -149,8 +149,8 @@ def test_a_killed_server_costs_nothing_that_fits_into_the_buffer(
 ) -> None:
     """SIGKILL while batches are on their way: all arrive, once, and no snapshot is needed."""
     # A busy machine takes its time, and a reader that waits in vain takes a snapshot.
-    monkeypatch.setattr(nats_source, "_LATE_SECONDS", 60.0)
-    monkeypatch.setattr(nats_source, "_TAIL_SECONDS", 60.0)
+    monkeypatch.setattr(nats_reader, "_LATE_SECONDS", 60.0)
+    monkeypatch.setattr(nats_reader, "_TAIL_SECONDS", 60.0)
     mine = plane(worker, server.url, buffer_batches=1_000_000)
     fleet = followed(worker, fleets)
     served = mine.stats.snapshots_served
@@ -230,7 +230,7 @@ def test_a_tail_that_the_server_lost_is_missed_without_another_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The worker says how far it is; a fleet that stays behind takes a snapshot."""
-    monkeypatch.setattr(nats_source, "_TAIL_SECONDS", 1.0)
+    monkeypatch.setattr(nats_reader, "_TAIL_SECONDS", 1.0)
     mine = plane(worker, server.url)
     fleet = followed(worker, fleets)
     server.kill()
@@ -345,7 +345,7 @@ def test_an_error_that_the_server_reports_costs_the_fleet_a_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It reads on where it was over another one, even if it waited for somebody's answer."""
-    monkeypatch.setattr(nats_source, "_TAIL_SECONDS", 60.0)
+    monkeypatch.setattr(nats_reader, "_TAIL_SECONDS", 60.0)
     mine = plane(worker, server.url)
     stuck, runs = Worker("stuck"), threading.Event()
     runs.set()
@@ -427,13 +427,13 @@ def test_what_breaks_the_index_costs_a_reader_that_batch(
     worker.do(BlockStored(hashes=[poison], block_size=BLOCK_SIZE))
     behind = worker.store(2)
     applied: set[Hash] = set()
-    take = nats_source._Follower._take_snapshot
+    take = nats_reader._Follower._take_snapshot
 
     async def look_first(follower: Any) -> bool:
         applied.update(held.hashes())
         return await take(follower)
 
-    monkeypatch.setattr(nats_source._Follower, "_take_snapshot", look_first)
+    monkeypatch.setattr(nats_reader._Follower, "_take_snapshot", look_first)
     fleet.hold.set()
     until("a broken batch and two broken snapshots", lambda: listener.crashes >= 3)
     assert "undecodable" in held.stale
@@ -563,7 +563,7 @@ def test_a_reading_from_the_beginning_that_is_interrupted_is_taken_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was read before the connection broke is not read twice, and nothing waits for ever."""
-    monkeypatch.setattr(nats_source, "_FETCH_MESSAGES", 50)
+    monkeypatch.setattr(nats_reader, "_FETCH_MESSAGES", 50)
     busy = threading.Event()
     busy.set()
 
@@ -577,15 +577,15 @@ def test_a_reading_from_the_beginning_that_is_interrupted_is_taken_up(
     )
     worker.store(400)
     until("all stored", lambda: mine.stats.acknowledged_batches == 400)
-    feed = nats_source._Follower._feed
+    feed = nats_reader._Follower._feed
 
     async def break_off(follower: Any, messages: Any, **how: bool) -> None:
         await feed(follower, messages, **how)
-        monkeypatch.setattr(nats_source._Follower, "_feed", feed)
+        monkeypatch.setattr(nats_reader._Follower, "_feed", feed)
         busy.clear()
         proxy.report("Maximum Connections Exceeded")
 
-    monkeypatch.setattr(nats_source._Follower, "_feed", break_off)
+    monkeypatch.setattr(nats_reader._Follower, "_feed", break_off)
     fleet = fleets(proxy.url)
     until("the fleet to be the same", lambda: same(worker, fleet.index))
     (listener,) = fleet.source.listeners()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.index.source import (
+    MAX_CHAIN_TAILS,
     MAX_LANES,
     MAX_NAME_CHARACTERS,
-    MAX_TIPS,
     MISS_REASONS,
     SWEEP_LANES,
     Source,
@@ -125,19 +125,19 @@ def test_blocks_of_another_size_are_remembered_with_it() -> None:
 def test_the_ends_of_chains_are_not_remembered_without_bound() -> None:
     """They only save memory."""
     source = source_of()
-    for number in range(3 * MAX_TIPS):
+    for number in range(3 * MAX_CHAIN_TAILS):
         source.apply([stored(number)])
     (lane,) = source.lanes()
-    assert len(lane.tips) <= MAX_TIPS
+    assert len(lane.chain_tails) <= MAX_CHAIN_TAILS
 
 
 def test_the_ends_of_chains_are_bounded_in_every_lane_of_a_batch() -> None:
     """A hybrid model's groups take turns in each batch."""
     source = source_of()
-    for number in range(2 * MAX_TIPS):
+    for number in range(2 * MAX_CHAIN_TAILS):
         source.apply([stored(number), stored(number, group=1)])
         source.apply([removed(number), removed(number, group=1)])
-    assert [len(lane.tips) <= MAX_TIPS for lane in source.lanes()] == [True, True]
+    assert [len(lane.chain_tails) <= MAX_CHAIN_TAILS for lane in source.lanes()] == [True, True]
 
 
 def test_batches_are_counted_while_blocks_are_not_of_the_engines_size() -> None:

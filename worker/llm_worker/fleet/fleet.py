@@ -35,7 +35,7 @@ from llm_worker.kv.stats import ListenerStats
 from llm_worker.settings.endpoint import Endpoint
 
 if TYPE_CHECKING:
-    from llm_worker.fleet.nats_reader import NatsSource
+    from llm_worker.fleet.nats_reader import NatsReader
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Fleet:
         self._gone_seconds = gone_seconds
         self._resolve_seconds = resolve_seconds
         urls = [each.url for each in endpoints if each.kind == "nats"]
-        self._nats = [_nats_source(url, self.index, self.pipeline) for url in urls]
+        self._nats = [_nats_reader(url, self.index, self.pipeline) for url in urls]
         self._hosts: dict[Endpoint, tuple[str, ...]] = {}
         self._unresolved: dict[Endpoint, str] = {}
         self._addresses: dict[tuple[Endpoint, str], _Address] = {}
@@ -476,12 +476,12 @@ class Fleet:
             self.pipeline.on_index_thread(lambda: self.index.remove_worker(worker.name))
 
 
-def _nats_source(url: str, index: Index, pipeline: Pipeline) -> NatsSource:
+def _nats_reader(url: str, index: Index, pipeline: Pipeline) -> NatsReader:
     try:
-        from llm_worker.fleet.nats_reader import NatsSource
+        from llm_worker.fleet.nats_reader import NatsReader
     except ModuleNotFoundError as error:
         raise ConfigError(["NATS needs its client: pip install 'llm-worker[nats]'"]) from error
-    return NatsSource(url, index=index, call=pipeline.on_index_thread)
+    return NatsReader(url, index=index, call=pipeline.on_index_thread)
 
 
 def _addresses(host: str) -> tuple[str, ...]:

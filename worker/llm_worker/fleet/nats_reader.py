@@ -66,7 +66,7 @@ class _LostPlaceError(Exception):
     """The server has no such consumer any more. Handled by `_Follower`: make another one."""
 
 
-class NatsSource:
+class NatsReader:
     """Every worker on one NATS server, as sources of an index."""
 
     def __init__(self, url: str, *, index: Index, call: topics.OnIndexThread) -> None:
@@ -250,7 +250,7 @@ class _Follower:
 
     _client: Client  # the present connection's
 
-    def __init__(self, owner: NatsSource, worker: str) -> None:
+    def __init__(self, owner: NatsReader, worker: str) -> None:
         self.streams: dict[int, Stream] = {}
         self._owner = owner
         self._worker = worker

@@ -20,7 +20,7 @@ from llm_worker.kv.records import ALL_MEDIA, GPU, HASH_MASK, BlockRemoved, Block
 from llm_worker.kv.stats import SourceStats
 
 UNBOUNDED = 1 << 62
-MAX_TIPS = 4096  # of one lane: chains that may go on
+MAX_CHAIN_TAILS = 4096  # of one lane: chains that may go on
 MAX_LANES = 4096  # of one source: media times groups times adapters
 MAX_NAME_CHARACTERS = 512  # of a medium or an adapter: publishers choose them, and labels show them
 SWEEP_LANES = 64  # of one source: those that hold nothing are dropped from here on, now and then
@@ -53,8 +53,17 @@ class Lane:
     """The blocks of one source on one medium, in one group, of one adapter."""
 
     __slots__ = (
-        "adapter", "block_size", "copies", "group", "kind", "locality", "medium", "parents",
-        "sizes", "sliding_window", "tips",
+        "adapter",
+        "block_size",
+        "chain_tails",
+        "copies",
+        "group",
+        "kind",
+        "locality",
+        "medium",
+        "parents",
+        "sizes",
+        "sliding_window",
     )  # fmt: skip
 
     def __init__(self, event: BlockStored) -> None:
@@ -70,7 +79,7 @@ class Lane:
         self.sizes: dict[Hash, int] = {}  # only of blocks whose size is not the lane's
         # Where chains may go on: each to itself, so that a parent can be the key that it equals
         # and not a second object. Of a block per event that is a third of the memory.
-        self.tips: dict[Hash | None, Hash | None] = {}
+        self.chain_tails: dict[Hash | None, Hash | None] = {}
 
     def copy(self) -> Lane:
         """Return a lane of the same blocks."""
@@ -83,7 +92,7 @@ class Lane:
         """Return what the lane occupies, from the sizes of its tables and of a sample of hashes."""
         parents = self.parents
         sample = list(islice(parents.items(), 4096))
-        tables = (parents, self.copies, self.sizes, self.tips)
+        tables = (parents, self.copies, self.sizes, self.chain_tails)
         total = sum(sys.getsizeof(table) for table in tables)
         if not sample:
             return total
@@ -164,15 +173,15 @@ class Source:
                     new = self._store_each(lane, event, room)
                     parents = None
                 else:
-                    table, tips, parent = lane.parents, lane.tips, event.parent
-                    parent = tips.pop(parent, parent)
+                    table, chain_tails, parent = lane.parents, lane.chain_tails, event.parent
+                    parent = chain_tails.pop(parent, parent)
                     new = -len(table)
                     for value in hashes:  # faster than any one call of dict
                         table[value] = parent
                         parent = value
-                    tips[parent] = parent
-                    if len(tips) > MAX_TIPS:
-                        tips.clear()
+                    chain_tails[parent] = parent
+                    if len(chain_tails) > MAX_CHAIN_TAILS:
+                        chain_tails.clear()
                     new += len(table)
                     if new != count:
                         self._count_copies(lane, hashes, new)
