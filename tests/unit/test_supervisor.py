@@ -213,3 +213,27 @@ def test_a_busy_port_is_told_before_anything_is_started(tmp_path: Path) -> None:
     assert code == 1  # an error of this little program, which handles none
     assert "choose another --worker-system-port" in log
     assert time.monotonic() - began < 20
+
+
+def test_the_way_out_fits_into_composes_grace_period(repository: Path) -> None:
+    """Docker kills what is left then: the engine's memory, and why it ended, would be lost."""
+    from llm_worker import supervisor
+    from llm_worker.settings.worker import SETTINGS
+
+    compose = (repository / "docker-compose.yml").read_text(encoding="utf-8")
+    grace = float(re.findall(r"^  stop_grace_period: (\d+)s", compose, re.M)[0])
+    defaults = {
+        setting.name: float(setting.default) for setting in SETTINGS if "seconds" in setting.name
+    }
+    app = (repository / "worker/llm_worker/serving/app.py").read_text(encoding="utf-8")
+    parts = re.findall(r"^(?:ERROR_FLUSH|ENGINE_STOP|EXIT_MARGIN)_SECONDS = ([\d.]+)", app, re.M)
+    assert len(parts) == 3
+    assert sum(map(float, parts)) <= supervisor.WAY_OUT_SECONDS
+    whole = (
+        defaults["drain-seconds"]
+        + defaults["lame-duck-seconds"]
+        + supervisor.WAY_OUT_SECONDS
+        + 2 * supervisor.GRACE_SECONDS
+        + supervisor.OBSERVER_CLOSE_SECONDS
+    )
+    assert whole < grace

@@ -55,11 +55,11 @@ from llm_worker.settings.worker import Config
 
 log = logging.getLogger(__name__)
 
-# What serving needs on its way out beside the drain: flushing errors, stopping the engine, and a
-# margin. The sum with the drain stays under compose's stop_grace_period.
-WAY_OUT_SECONDS = 25.0
-GRACE_SECONDS = 2.0  # for what serving left behind, before it is killed
-OBSERVER_CLOSE_SECONDS = 7.0  # for the last answers and the KV plane's flush
+# With lame-duck period and drain all of this stays under compose's stop_grace_period; a test adds
+# it up. What serving needs on its way out beside the drain: `serving.app` has the parts.
+WAY_OUT_SECONDS = 20.0
+GRACE_SECONDS = 2.0  # for what serving left behind, before it is killed; and after
+OBSERVER_CLOSE_SECONDS = 5.0  # for the last answers and the KV plane's flush
 BACKOFF_SECONDS, BACKOFF_MAX_SECONDS = 0.1, 10.0
 STEADY_SECONDS = 30.0  # an observer that ran this long starts again at once
 

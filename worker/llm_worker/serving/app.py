@@ -47,8 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The sum of these, the lame-duck period and the drain stays under supervisor.WAY_OUT_SECONDS and
-# so under compose's stop_grace_period.
+# The sum of these stays under supervisor.WAY_OUT_SECONDS.
 ERROR_FLUSH_SECONDS = 5  # in-flight requests of a dead engine get their error
 ENGINE_STOP_SECONDS = 5.0
 EXIT_MARGIN_SECONDS = 10.0  # past all of the above the process is ended by force
