@@ -7,6 +7,7 @@ the engine is too long for.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
