@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from llm_worker.errors import EXIT_INTERNAL, ConfigError, refuse
@@ -17,6 +18,8 @@ from llm_worker.settings.worker import load
 
 def main(arguments: list[str]) -> int:
     """Observe as the command line says; return the exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # those are the supervisor's to heed
+        signal.signal(number, signal.SIG_IGN)
     parent, *descriptors = map(int, arguments[:5])
     end_with_parent(parent)
     try:

@@ -81,6 +81,7 @@ class Observer:
         self._metrics = ObserverMetrics(CollectorRegistry())
         self._continued = Continued(self._shown_before())
         self._page = (0, Published((), (), ()))  # number on the board, and what it was
+        self._complained = False
         self._exposition = Exposition(
             self._metrics,
             config.constant_labels,
@@ -114,8 +115,6 @@ class Observer:
     def run(self) -> int:
         """Tell until the supervisor lets go of the lifeline; return the exit code."""
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        for number in (signal.SIGTERM, signal.SIGINT):  # those are the supervisor's to heed
-            signal.signal(number, signal.SIG_IGN)
         self._server.start()
         if self._record is not None:
             threading.Thread(target=self._give_signs, name="signs-of-life", daemon=True).start()
@@ -222,7 +221,14 @@ class Observer:
 
     def _checkpoint(self) -> None:
         """Before a page is handed out: what it shows, a successor goes on from."""
-        self._board["counters"].write(msgspec.msgpack.encode(self._continued.shown()))
+        try:
+            self._board["counters"].write(msgspec.msgpack.encode(self._continued.shown()))
+        except (
+            ValueError
+        ) as error:  # more series than it has room for: the page is right all the same
+            if not self._complained:
+                log.warning("counters will start anew with the next observer: %s", error)
+            self._complained = True
 
     def _versions(self) -> dict[str, Any]:
         status = self._health.status()
