@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from llm_worker.fleet import fleet as fleet_module
-from llm_worker.fleet.fleet import Fleet
+from llm_worker.fleet.fleet import Fleet, Limits
 from llm_worker.kv.trtllm.publisher import ZmqKvEventPublisher
 from llm_worker.settings import endpoint
 from support.waiting import until
@@ -19,9 +19,13 @@ from support.worker_process import free_ports
 pytestmark = pytest.mark.timeout(150)
 
 
+HURRY = Limits(round_seconds=0.2)
+
+
 @contextmanager
-def followed(*sources: str, **options: float) -> Iterator[Fleet]:
-    made = Fleet([endpoint.source(each) for each in sources], resolve_seconds=0.1, **options)  # type: ignore[arg-type]
+def followed(*sources: str, limits: Limits = HURRY) -> Iterator[Fleet]:
+    endpoints = [endpoint.source(each) for each in sources]
+    made = Fleet(endpoints, resolve_seconds=0.1, limits=limits)
     made.start()
     try:
         yield made
@@ -38,7 +42,6 @@ def test_a_server_whose_name_moves_twice_is_what_the_last_one_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each address is another process: its predecessor's blocks and listeners are gone."""
-    monkeypatch.setattr(fleet_module, "ROUND_SECONDS", 0.2)
     where = ["127.0.0.1"]
     monkeypatch.setattr(fleet_module, "_addresses", lambda _: (where[0],))
     events, replay = free_ports(2)
@@ -79,13 +82,11 @@ def test_a_fleet_of_four_hundred_servers_is_followed_in_full() -> None:
         assert fleet.alive
 
 
-def test_an_address_that_cannot_be_opened_is_counted_and_costs_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_address_that_cannot_be_opened_is_counted_and_costs_no_other() -> None:
     """It is tried again a second later; rounds come to their end."""
-    monkeypatch.setattr(fleet_module, "ROUND_SECONDS", 0.2)
-    monkeypatch.setattr(fleet_module, "MAX_SOCKETS", 7)  # two listeners and what libzmq keeps
-    with followed(*(f"vllm://127.0.0.1:{port}" for port in (31000, 31010, 31020))) as fleet:
+    limits = Limits(round_seconds=0.2, max_sockets=7)  # two listeners and what libzmq keeps
+    sources = (f"vllm://127.0.0.1:{port}" for port in (31000, 31010, 31020))
+    with followed(*sources, limits=limits) as fleet:
         until("failures", lambda: fleet.round_failures >= 3, 30)
         assert 0 < len(fleet.pipeline.listeners) < 3
         assert fleet.seconds_since_round < 10

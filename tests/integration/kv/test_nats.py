@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import nats.js.errors
 import pytest
 
 from llm_worker.fleet import nats_reader
-from llm_worker.fleet.nats_reader import NatsReader
+from llm_worker.fleet.nats_reader import NatsReader, Timings
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.index.source import Source
 from llm_worker.kv.plane import nats_plane
@@ -31,12 +32,8 @@ pytestmark = [pytest.mark.needs("nats"), pytest.mark.timeout(150)]
 T = TypeVar("T")
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is a matter of seconds in a fleet."""
-    monkeypatch.setattr(nats_reader, "DISCOVER_SECONDS", 0.3)
-    monkeypatch.setattr(nats_reader, "STATUS_SECONDS", 0.5)
-    monkeypatch.setattr(nats_reader, "_SNAPSHOT_PAUSE_SECONDS", 0.5)
+# What is a matter of seconds in a fleet.
+HURRY = Timings(discover_seconds=0.3, status_seconds=0.5, snapshot_pause_seconds=0.5)
 
 
 @pytest.fixture
@@ -59,12 +56,12 @@ def proxy(server: NatsServer) -> Iterator[Proxy]:
 class Fleet:
     """An index fed from NATS."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timings: Timings) -> None:
         self.index = Index()
         self._lock = threading.Lock()
         self.hold = threading.Event()  # while cleared, nothing is indexed
         self.hold.set()
-        self.source = NatsReader(url, index=self.index, call=self.call)
+        self.source = NatsReader(url, index=self.index, call=self.call, timings=timings)
         self.source.start()
 
     def call(self, ask: Callable[[], T]) -> T:
@@ -91,8 +88,8 @@ def fleets(server: NatsServer) -> Iterator[Callable[..., Fleet]]:
     """Makes fleets that end with the test."""
     made: list[Fleet] = []
 
-    def make(url: str = server.url) -> Fleet:
-        made.append(Fleet(url))
+    def make(url: str = server.url, **timings: Any) -> Fleet:
+        made.append(Fleet(url, replace(HURRY, **timings)))
         return made[-1]
 
     yield make
@@ -111,9 +108,9 @@ def plane(worker: Worker, url: str, **options: float) -> NatsPlane:
     return made
 
 
-def followed(worker: Worker, fleets: Callable[..., Fleet]) -> Fleet:
+def followed(worker: Worker, fleets: Callable[..., Fleet], **timings: float) -> Fleet:
     """A fleet that was there before the worker's first 20 batches and holds what they say."""
-    fleet = fleets()
+    fleet = fleets(**timings)
     worker.store(20)
     until("the fleet to be the same", lambda: same(worker, fleet.index))
     return fleet
@@ -149,10 +146,8 @@ def test_a_killed_server_costs_nothing_that_fits_into_the_buffer(
 ) -> None:
     """SIGKILL while batches are on their way: all arrive, once, and no snapshot is needed."""
     # A busy machine takes its time, and a reader that waits in vain takes a snapshot.
-    monkeypatch.setattr(nats_reader, "_LATE_SECONDS", 60.0)
-    monkeypatch.setattr(nats_reader, "_TAIL_SECONDS", 60.0)
     mine = plane(worker, server.url, buffer_batches=1_000_000)
-    fleet = followed(worker, fleets)
+    fleet = followed(worker, fleets, late_seconds=60.0, tail_seconds=60.0)
     served = mine.stats.snapshots_served
     stop = threading.Event()
 
@@ -230,9 +225,8 @@ def test_a_tail_that_the_server_lost_is_missed_without_another_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The worker says how far it is; a fleet that stays behind takes a snapshot."""
-    monkeypatch.setattr(nats_reader, "_TAIL_SECONDS", 1.0)
     mine = plane(worker, server.url)
-    fleet = followed(worker, fleets)
+    fleet = followed(worker, fleets, tail_seconds=1.0)
     server.kill()
     until("the plane to notice", lambda: not mine.stats.up)
     worker.store(3)
@@ -345,7 +339,6 @@ def test_an_error_that_the_server_reports_costs_the_fleet_a_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It reads on where it was over another one, even if it waited for somebody's answer."""
-    monkeypatch.setattr(nats_reader, "_TAIL_SECONDS", 60.0)
     mine = plane(worker, server.url)
     stuck, runs = Worker("stuck"), threading.Event()
     runs.set()
@@ -358,7 +351,7 @@ def test_an_error_that_the_server_reports_costs_the_fleet_a_connection(
     until("its stream", lambda: stuck.plane.stats.acknowledged_batches == 1)  # type: ignore[union-attr]
     runs.clear()
     try:
-        fleet = fleets(proxy.url)
+        fleet = fleets(proxy.url, tail_seconds=60.0)
         worker.store(20)
         until("the fleet to be the same", lambda: same(worker, fleet.index))
         (listener,) = fleet.source.listeners()
@@ -563,7 +556,6 @@ def test_a_reading_from_the_beginning_that_is_interrupted_is_taken_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was read before the connection broke is not read twice, and nothing waits for ever."""
-    monkeypatch.setattr(nats_reader, "_FETCH_MESSAGES", 50)
     busy = threading.Event()
     busy.set()
 
@@ -586,7 +578,7 @@ def test_a_reading_from_the_beginning_that_is_interrupted_is_taken_up(
         proxy.report("Maximum Connections Exceeded")
 
     monkeypatch.setattr(nats_reader._Follower, "_feed", break_off)
-    fleet = fleets(proxy.url)
+    fleet = fleets(proxy.url, fetch_messages=50)
     until("the fleet to be the same", lambda: same(worker, fleet.index))
     (listener,) = fleet.source.listeners()
 

@@ -10,9 +10,8 @@ import httpx
 import pytest
 import zmq
 
-from llm_worker.fleet import fleet as fleet_module
 from llm_worker.fleet.__main__ import Service
-from llm_worker.fleet.fleet import Fleet
+from llm_worker.fleet.fleet import Fleet, Limits
 from llm_worker.kv.index.index import Index
 from llm_worker.kv.pipeline import Pipeline
 from llm_worker.kv.plane.zmq_plane import ZmqPlane
@@ -30,11 +29,7 @@ T = TypeVar("T")
 END = b"\xff" * 8
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is a matter of seconds in a fleet."""
-    monkeypatch.setattr(fleet_module, "ROUND_SECONDS", 0.2)
-    monkeypatch.setattr(fleet_module, "_PATIENCE_SECONDS", 1.5)
+HURRY = Limits(round_seconds=0.2, patience_seconds=1.5)  # a matter of seconds in a fleet
 
 
 def bound(make: Callable[[], T]) -> T:
@@ -97,7 +92,7 @@ def fleets() -> Iterator[Callable[..., Fleet]]:
     made: list[Fleet] = []
 
     def make(*sources: str, **options: Any) -> Fleet:
-        made.append(Fleet([endpoint.source(each) for each in sources], **options))
+        made.append(Fleet([endpoint.source(each) for each in sources], limits=HURRY, **options))
         made[-1].start()
         return made[-1]
 

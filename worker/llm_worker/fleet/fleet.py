@@ -39,12 +39,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROUND_SECONDS = 1.0
-_PATIENCE_SECONDS = 5.0  # with an answer, before it is asked for again or done without
 _MAX_STREAMS = 1024  # of one plane
 _NATS = "nats"  # where a worker is that comes by NATS
-# libzmq's own bound is 1,023 for a whole context, which 341 listeners use up; they take three each.
-MAX_SOCKETS = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How often the fleet is asked, how long is waited, and how many sockets there may be."""
+
+    round_seconds: float = 1.0
+    patience_seconds: float = 5.0  # with an answer, before it is asked for again or done without
+    # libzmq's own bound is 1,023 for a context: 341 listeners, which take three each.
+    max_sockets: int = 1 << 15
 
 
 @dataclass
@@ -93,6 +99,7 @@ class Fleet:
         max_blocks: int | None = None,
         gone_seconds: float = 300.0,
         resolve_seconds: float = 10.0,
+        limits: Limits = Limits(),
     ) -> None:
         """``gone_seconds``: how long a worker may be away before its blocks are forgotten.
 
@@ -101,12 +108,13 @@ class Fleet:
         """
         self.index = Index(max_blocks=max_blocks)
         self._context = zmq.Context()
-        self._context.max_sockets = MAX_SOCKETS
+        self._context.max_sockets = limits.max_sockets
         self.pipeline = Pipeline(self.index, context=self._context)
         self.round_failures = 0  # rounds, and addresses within one, that broke
         self._last_round = float("-inf")  # monotonic; the last one that came to its end
         self._endpoints = endpoints
         self._gone_seconds = gone_seconds
+        self._limits = limits
         self._resolve_seconds = resolve_seconds
         urls = [each.url for each in endpoints if each.kind == "nats"]
         self._nats = [_nats_reader(url, self.index, self.pipeline) for url in urls]
@@ -197,7 +205,7 @@ class Fleet:
 
     def _answers(self, address: _Address, now: float) -> bool:
         if address.endpoint.kind == "zmq":
-            return now - address.answered <= _PATIENCE_SECONDS
+            return now - address.answered <= self._limits.patience_seconds
         worker = self._workers.get(address.name)
         return (
             worker is not None
@@ -287,19 +295,22 @@ class Fleet:
             try:
                 self._update_addresses()
                 self._ask()
-                self._collect(began + ROUND_SECONDS)
+                self._collect(began + self._limits.round_seconds)
                 self._reconcile(time.monotonic())
                 self._last_round = time.monotonic()
             except Exception as error:  # the thread is supervised here: the next round may work
                 self._note_failure("a round through the fleet failed: %r", error)
-            self._stop.wait(max(0.0, began + ROUND_SECONDS - time.monotonic()))
+            self._stop.wait(max(0.0, began + self._limits.round_seconds - time.monotonic()))
         for address in list(self._addresses.values()):
             self._close(address)
 
     def _ask(self) -> None:
         now = time.monotonic()
         for address in self._addresses.values():
-            waiting = address.asked > address.answered and now - address.asked < _PATIENCE_SECONDS
+            waiting = (
+                address.asked > address.answered
+                and now - address.asked < self._limits.patience_seconds
+            )
             if address.dealer is None or waiting:
                 continue
             try:
@@ -343,7 +354,7 @@ class Fleet:
         """Listen to who is there, mark who cannot be trusted, forget who is gone."""
         found: dict[str, dict[str, _Address]] = {}  # worker -> instance -> where
         for address in self._addresses.values():
-            if now - address.answered > _PATIENCE_SECONDS:
+            if now - address.answered > self._limits.patience_seconds:
                 continue
             for status in address.answer:
                 worker = self._worker(status.worker)
@@ -357,7 +368,7 @@ class Fleet:
                 worker = self._worker(name)
                 worker.seen = max(seen, worker.seen)
                 self._move(worker, _NATS)
-                if now - seen <= _PATIENCE_SECONDS:
+                if now - seen <= self._limits.patience_seconds:
                     instances.setdefault(name, set()).update(source.instances.get(name, ()))
         self._duplicates = {name for name, names in instances.items() if len(names) > 1}
         for name, there in found.items():

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
@@ -39,16 +40,22 @@ from llm_worker.kv.stats import ListenerStats
 
 log = logging.getLogger(__name__)
 
-DISCOVER_SECONDS = 2.0
-STATUS_SECONDS = 2.0
-_FETCH_MESSAGES = 512
-_FETCH_SECONDS = 0.5
-_HEARTBEAT_SECONDS = 2.0  # of a consumer that has nothing to deliver
-_REQUEST_SECONDS = 2.0
-_SNAPSHOT_SECONDS = 15.0  # without a piece of it
-_LATE_SECONDS = 1.0  # for what was stored out of order
-_TAIL_SECONDS = 6.0  # behind what the worker has sent, without progress
-_SNAPSHOT_PAUSE_SECONDS = 5.0
+REQUEST_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """How often is asked, and how long is waited. In seconds but for the first."""
+
+    fetch_messages: int = 512
+    discover_seconds: float = 2.0  # between two looks for workers
+    status_seconds: float = 2.0  # between two questions how far a worker is
+    fetch_seconds: float = 0.5
+    heartbeat_seconds: float = 2.0  # of a consumer that has nothing to deliver
+    snapshot_seconds: float = 15.0  # without a piece of it
+    late_seconds: float = 1.0  # for what was stored out of order
+    tail_seconds: float = 6.0  # behind what the worker has sent, without progress
+    snapshot_pause_seconds: float = 5.0
 
 
 class _Piece(NamedTuple):
@@ -69,7 +76,14 @@ class _LostPlaceError(Exception):
 class NatsReader:
     """Every worker on one NATS server, as sources of an index."""
 
-    def __init__(self, url: str, *, index: Index, call: topics.OnIndexThread) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        index: Index,
+        call: topics.OnIndexThread,
+        timings: Timings = Timings(),
+    ) -> None:
         """Prepare; `start` connects.
 
         ``call`` runs a callable on the thread that writes the index and waits for it.
@@ -77,6 +91,7 @@ class NatsReader:
         self.url = url
         self.index = index
         self.call = call
+        self.timings = timings
         self.connected = False
         self.last_seen: dict[str, float] = {}  # worker -> monotonic
         self.instances: dict[str, set[str]] = {}  # worker -> who answered for it last
@@ -170,7 +185,7 @@ class NatsReader:
                     if client.is_closed:
                         raise
                     self.complain("looking for streams", error)
-                await asyncio.sleep(DISCOVER_SECONDS)
+                await asyncio.sleep(self.timings.discover_seconds)
         finally:
             self.connected = False
             tasks, self._tasks = self._tasks, {}
@@ -178,7 +193,7 @@ class NatsReader:
 
     async def _discover(self, client: Client) -> None:
         """Follow workers that have a stream and answer."""
-        stream = client.jetstream(timeout=_REQUEST_SECONDS)
+        stream = client.jetstream(timeout=REQUEST_SECONDS)
         offset = 0
         while page := await stream.streams_info(offset):
             offset += len(page)
@@ -204,7 +219,7 @@ class NatsReader:
 
 
 async def request(
-    client: Client, worker: str, what: bytes, *, quiet_seconds: float = _REQUEST_SECONDS
+    client: Client, worker: str, what: bytes, *, quiet_seconds: float = REQUEST_SECONDS
 ) -> list[_Piece] | None:
     """All pieces of the answer to ``snapshot`` or ``status``; None: nobody answers to the end.
 
@@ -253,6 +268,7 @@ class _Follower:
     def __init__(self, owner: NatsReader, worker: str) -> None:
         self.streams: dict[int, Stream] = {}
         self._owner = owner
+        self._timings = owner.timings
         self._worker = worker
         self._synchronised = False  # it has begun: from here on the place counts
         self._place = 0  # of the last message read
@@ -275,7 +291,7 @@ class _Follower:
         self._waiting.clear()
         for each in self.streams.values():
             each.stats.reconnects += 1
-        stream = client.jetstream(timeout=_REQUEST_SECONDS)
+        stream = client.jetstream(timeout=REQUEST_SECONDS)
         while not client.is_closed:
             try:
                 if not self._synchronised:
@@ -316,7 +332,7 @@ class _Follower:
     async def _take_snapshot(self) -> bool:
         """Have all ranks as the worker has them now; whether it told."""
         pieces = await request(
-            self._client, self._worker, b"snapshot", quiet_seconds=_SNAPSHOT_SECONDS
+            self._client, self._worker, b"snapshot", quiet_seconds=self._timings.snapshot_seconds
         )
         if not pieces:
             return False
@@ -372,7 +388,7 @@ class _Follower:
                 await self._feed(await self._fetch(consumer))
                 now = time.monotonic()
                 await self._answer_asks(now)
-                if now - self._checked > STATUS_SECONDS:
+                if now - self._checked > self._timings.status_seconds:
                     self._checked = now
                     await self._check_status()
 
@@ -395,7 +411,7 @@ class _Follower:
                     opt_start_seq=self._place + 1,
                     ack_policy=AckPolicy.NONE,
                     flow_control=True,
-                    idle_heartbeat=_HEARTBEAT_SECONDS,
+                    idle_heartbeat=self._timings.heartbeat_seconds,
                     mem_storage=True,
                     num_replicas=1,
                 ),
@@ -414,11 +430,13 @@ class _Follower:
             _LostPlaceError: one is missing, or the consumer is gone.
         """
         messages: list[Msg] = []
-        while not messages or (consumer.pending_msgs and len(messages) < _FETCH_MESSAGES):
+        while not messages or (
+            consumer.pending_msgs and len(messages) < self._timings.fetch_messages
+        ):
             try:
-                message = await consumer.next_msg(_FETCH_SECONDS)
+                message = await consumer.next_msg(self._timings.fetch_seconds)
             except TimeoutError:
-                if time.monotonic() - self._heard > 3 * _HEARTBEAT_SECONDS:
+                if time.monotonic() - self._heard > 3 * self._timings.heartbeat_seconds:
                     raise _LostPlaceError from None
                 break
             self._heard = time.monotonic()
@@ -464,7 +482,7 @@ class _Follower:
                 self._waiting.pop(rank, None)
                 continue
             known = self._waiting.setdefault(rank, (request, now))
-            if now - known[1] >= _LATE_SECONDS:
+            if now - known[1] >= self._timings.late_seconds:
                 del self._waiting[rank]
                 overdue.append(stream)
 
@@ -485,7 +503,7 @@ class _Follower:
         if any(stream.source.stale for stream in self.streams.values()):
             await self._call(doubt)
         if any(stream.request and stream.request.start is None for stream in self.streams.values()):
-            self._snapshot_after = now + _SNAPSHOT_PAUSE_SECONDS
+            self._snapshot_after = now + self._timings.snapshot_pause_seconds
             await self._take_snapshot()
 
     async def _check_status(self) -> None:
@@ -533,7 +551,7 @@ class _Follower:
         known, since = self._behind.get(rank, (None, now))
         if known != waits or rank not in self._behind:
             self._behind[rank] = (waits, now)
-        elif now - since > _TAIL_SECONDS:
+        elif now - since > self._timings.tail_seconds:
             del self._behind[rank]
             stream.source.trust.gap_opened()
 
