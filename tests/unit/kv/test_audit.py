@@ -102,6 +102,16 @@ def test_drift_is_counted_by_block_and_mended() -> None:
     assert made.stats()[0].drift_blocks == 0
 
 
+def test_a_block_that_is_too_many_goes_with_all_its_copies() -> None:
+    """As after reports of reused blocks as new ones, which count a copy each."""
+    rank = Rank()
+    for _ in range(3):
+        rank.index(1, 2)
+    verdict(auditor(rank, told(2, sequence=2)))
+    assert rank.source.hashes() == {2}
+    assert not rank.source.stale
+
+
 def test_an_index_that_lost_batches_comes_back_by_itself() -> None:
     """As after a restart of the observer with a replay buffer that begins too late."""
     rank = Rank()

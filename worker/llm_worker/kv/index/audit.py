@@ -264,26 +264,24 @@ class Auditor:
         counts = (len(engine), len(index), len(missing), len(surplus))
         if not missing and not surplus:
             return Verdict(worker, rank, "equal", "block by block", sequence, *counts)
-        events = _mending(missing, surplus, truth.get("block_sizes", ()))
-        mended = self._on_index_thread(lambda: self._mend(ranked, sequence, events, engine))
+        sizes = truth.get("block_sizes", ())
+
+        def mend() -> bool:
+            ranked.source.trust.drifted()
+            if ranked.stats.sequence != sequence:
+                return False  # it went on: another audit will see
+            ranked.stream.mend(_mending(ranked, missing, surplus, sizes))
+            if _held(ranked) != engine:
+                return False  # there is no room
+            ranked.stream.audited_equal()
+            return True
+
+        mended = self._on_index_thread(mend)
         if mended:
             stats = self._of(ranked)
             stats.mended_blocks.update(missing=len(missing), surplus=len(surplus))
         reason = "they differed, and the index was mended" if mended else "they differ"
         return Verdict(worker, rank, "drift", reason, sequence, *counts)
-
-    def _mend(
-        self, ranked: Audited, sequence: int | None, events: Sequence[Event], engine: set[Block]
-    ) -> bool:
-        """On the index's thread: take the engine's blocks over; whether they are what is held."""
-        ranked.source.trust.drifted()
-        if ranked.stats.sequence != sequence:
-            return False  # it went on: another audit will see
-        ranked.stream.mend(events)
-        if _held(ranked) != engine:
-            return False  # there is no room, or an adapter's lane has it otherwise
-        ranked.stream.audited_equal()
-        return True
 
     def _catch_up(self, ranked: Audited, sequence: int | None) -> bool:
         """Whether the index got to this batch, soon enough."""
@@ -327,16 +325,26 @@ def _held(ranked: Audited) -> set[Block]:
     }
 
 
-def _mending(missing: set[Block], surplus: set[Block], block_sizes: Sequence[int]) -> list[Event]:
-    """Events that bring the index to what the engine holds, a few for each group."""
+def _mending(
+    ranked: Audited, missing: set[Block], surplus: set[Block], block_sizes: Sequence[int]
+) -> list[Event]:
+    """Events that bring the index to what the engine holds; on the index's thread."""
     events: list[Event] = []
-    for group in sorted({group for group, _ in surplus | missing}):
-        gone = [value for each, value in surplus if each == group]
-        come = [value for each, value in missing if each == group]
+    for lane in ranked.source.lanes():
+        if lane.medium == GPU:
+            group = lane.group or 0
+            # As often as there are copies of it: the engine has none.
+            gone = [
+                value
+                for value in lane.parents
+                if (group, value) in surplus
+                for _ in range(1 + lane.copies.get(value, 0))
+            ]
+            events += [BlockRemoved(hashes=gone, group=group)] if gone else []
+    for group, value in sorted(missing, key=str):
         size = block_sizes[group] if group < len(block_sizes) else 0
-        events += [BlockRemoved(hashes=gone, group=group)] if gone else []
         # One each: a chain would make each the parent of the next.
-        events += [BlockStored(hashes=[value], block_size=size, group=group) for value in come]
+        events.append(BlockStored(hashes=[value], block_size=size, group=group))
     return events
 
 
