@@ -1,7 +1,8 @@
 """Panels: grafanalib's, where it knows the current options, and subclasses where it does not.
 
 Owns how a panel looks (options, legend, thresholds, size) and what must be said about it. Which
-numbers it shows is the dashboards' business; ids, places and the last repairs are ``normalize``'s.
+numbers it shows is the dashboards' business; places are ``boards``', ids and the last repairs
+``normalize``'s.
 
 Source: grafanalib 0.7.1; option names from grafana/grafana, packages/grafana-schema, 12.x.
 """
@@ -180,7 +181,7 @@ def _common(
     width, height = size
     return {
         "title": title,
-        "description": reading,  # normalize turns it into text, with what the panel needs
+        "description": reading,  # boards turns it into text, with what the panel needs
         "dataSource": DATASOURCE,
         "targets": list(queries),
         "interval": MIN_INTERVAL,
