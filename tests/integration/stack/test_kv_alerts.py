@@ -28,6 +28,7 @@ import zmq
 from prometheus_client import CollectorRegistry
 
 from llm_worker.exposition.exposition import Exposition
+from llm_worker.fleet import fleet as fleet_module
 from llm_worker.kv.collector import KvCollector
 from llm_worker.kv.follow.holdback import CAPACITY_BATCHES
 from llm_worker.kv.index.audit import Auditor, digest
@@ -41,6 +42,7 @@ from llm_worker.kv.records import AllBlocksCleared, BlockStored
 from llm_worker.kv.stats import AuditStats
 from llm_worker.kv.wire import encode
 from llm_worker.metrics import Metrics
+from llm_worker.settings import endpoint
 from support.places import FIXTURES, ROOT
 from support.waiting import until
 from support.worker_process import free_ports
@@ -94,6 +96,7 @@ class Site:
                 planes=lambda: [outlet.stats for outlet in self.pipeline.outlets],
                 audits=self.audits,
                 fleet=fleet,
+                round_failures=self.round_failures,
             ),
         )
         if not fleet:
@@ -131,6 +134,9 @@ class Site:
 
     def audits(self) -> list[AuditStats]:
         return []
+
+    def round_failures(self) -> int:
+        return 0
 
     def page(self) -> bytes:
         return self.exposition.render("text/plain").body
@@ -360,10 +366,9 @@ class Silent(Site):
 
 
 class Drift(Site):
-    """The engine dropped a block and never said so; the auditor compares."""
+    """The engine drops another block each time and never says so; the auditor mends."""
 
-    fires = frozenset({"KvAuditDrift", "KvSourceStale"})
-    follows = frozenset({"KvSourceStale"})
+    fires = frozenset({"KvAuditDrift"})
 
     def build(self) -> None:
         self.engine = self.publisher()
@@ -371,6 +376,7 @@ class Drift(Site):
         self.held = list(range(1 << 40, (1 << 40) + 7))
         event = BlockStored(hashes=[*self.held], block_size=16)
         self.engine.publish(encode(time.time(), [event], 0))
+        self.asked = 0
         self.auditor = Auditor(
             self.truth,
             lambda: self.pipeline.listeners,
@@ -385,7 +391,8 @@ class Drift(Site):
 
     def truth(self, full: bool) -> list[dict[str, object]]:
         """What an engine tells: `truth.held`."""
-        held = self.held[1:]
+        self.asked += not full  # each comparison begins with that
+        held = [value for value in self.held if value != self.held[self.asked % len(self.held)]]
         packed = b"".join(value.to_bytes(8, "big") for value in held)
         return [
             {
@@ -483,6 +490,26 @@ class Fleet(Site):
     def beat(self) -> None:
         if any(source.blocks() for source in self.pipeline.index.sources()):
             self.behind.cut = True
+
+
+class FleetFailing(Site):
+    """A fleet index that libzmq gives too few sockets for its workers."""
+
+    job = "kv-index"
+    fires = frozenset({"KvFleetRoundsFailing"})
+
+    def __init__(self) -> None:
+        super().__init__(fleet=True)
+
+    def build(self) -> None:
+        endpoints = [endpoint.source(f"vllm://127.0.0.1:{port}") for port in free_ports(3)]
+        limits = fleet_module.Limits(round_seconds=0.1, max_sockets=7)
+        self.fleet = fleet_module.Fleet(endpoints, limits=limits)
+        self.closers.append(self.fleet.close)
+        self.fleet.start()
+
+    def round_failures(self) -> int:
+        return self.fleet.round_failures
 
 
 class Behind(Site):
@@ -594,7 +621,7 @@ class Drill:
         self.sites: list[Site] = [
             Healthy(), Starting(), Gap(), Undecodable(), Late(), Full(), Unheard(), Backlog(),
             PlaneAway(), Silent(), Drift(), OtherSize(), Unaudited(), Unproven(), Recorded(),
-            RecordedFleet(), behind, Fleet(behind),
+            RecordedFleet(), behind, Fleet(behind), FleetFailing(),
         ]  # fmt: skip
         self.prometheus = Prometheus(home, self.sites)
         self._stop = threading.Event()
@@ -655,6 +682,7 @@ SICK: list[type[Site]] = [
     Unaudited,
     Unproven,
     Fleet,
+    FleetFailing,
 ]
 
 
