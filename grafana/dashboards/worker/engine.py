@@ -25,6 +25,7 @@ from ..promql import (
     quantile,
     rate,
     ratio,
+    series,
 )
 from .names import NO_WORKER, PREFIX
 
@@ -140,6 +141,31 @@ steps = Section(
                         scope=TARGET,
                     ),
                     "since the oldest heartbeat",
+                ),
+            ],
+            units.SECONDS,
+            no_value=NO_WORKER,
+        ),
+        time_series(
+            "Who watches: age of serving's page, observer restarts",
+            Reading(
+                "How old the serving process's part of the metrics page is, and how often the "
+                "process behind the page was started again in the range shown.",
+                "A page that is older than 5 s is left out: its panels have a gap, not a line.",
+                "Around 1 s; no restarts.",
+                "Age grows: serving is stopped or its interpreter is held; `/health` says which. "
+                "Restarts: the runbook ObserverRestarting.",
+            ),
+            [
+                query(
+                    aggregate("max", f"{PREFIX}serving_page_age_seconds", scope=TARGET),
+                    "oldest page",
+                ),
+                query(
+                    "sum (increase("
+                    + series(f"{PREFIX}observer_restarts_total", scope=TARGET)
+                    + "[$__range]))",
+                    "restarts in this range",
                 ),
             ],
             units.SECONDS,
