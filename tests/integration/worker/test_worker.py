@@ -257,6 +257,7 @@ def test_a_worker_that_shares_metrics_logs_json_and_has_a_short_queue(
     sources = ("multiprocess", "vllm", "serving", "observer", "observer_process")
     assert [value(worker, up, source=source) for source in sources] == [1] * 5
 
+    serving = worker.part("serving").pid
     worker.terminate()
     assert worker.wait() == 0
     ours = [line for line in worker.log().splitlines() if '"logger": "llm_worker' in line]
@@ -264,7 +265,7 @@ def test_a_worker_that_shares_metrics_logs_json_and_has_a_short_queue(
     assert [line["message"] for line in told if line["message"].startswith("engine cache: ")]
     assert told[-1]["message"] == "exit 0: stopped"
     assert worker.log().count("engine cache: ") == 1
-    assert int((tmp_path / str(worker.process.pid)).read_text()) > 100_000
+    assert int((tmp_path / str(serving)).read_text()) > 100_000
 
 
 def test_sigterm_finishes_what_is_in_flight_and_exits_0(start: Start, tmp_path: Path) -> None:
