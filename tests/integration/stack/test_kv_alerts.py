@@ -722,7 +722,7 @@ def test_a_gap_that_is_healed_is_reported_no_longer(drill: Drill) -> None:
         gap.engine.publish(encode(time.time(), [AllBlocksCleared()], 0))
         return "KvGapNotHealed" not in drill.firing(Gap)
 
-    until("the gap is healed", cleared)
+    until("the gap is healed", cleared, 180)
 
 
 def test_nothing_else_fires(drill: Drill) -> None:
