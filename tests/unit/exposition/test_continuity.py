@@ -126,6 +126,20 @@ def test_what_other_processes_published_is_not_added_twice() -> None:
     assert body.count("# TYPE llm_worker_exporter_source_up gauge") == 1
 
 
+def test_a_family_without_a_sample_is_announced_all_the_same() -> None:
+    """Whoever looks for a metric whose feature is off finds its name and what it would say."""
+    serving = Exposition(ExporterMetrics(CollectorRegistry()))
+    registry = CollectorRegistry()
+    Counter("unused", "Nobody counts here.", ["kind"], registry=registry)
+    serving.register("vllm", registry)
+    life = Life()
+    life.exposition.register_published("serving", serving.publish)
+    for accept in (None, "application/openmetrics-text; version=1.0.0"):
+        body = life.exposition.render(accept).body.decode()
+        assert "# HELP unused" in body
+        assert "Nobody counts here." in body
+
+
 def test_a_publisher_that_fell_silent_costs_its_families_and_is_told() -> None:
     """Absent, not frozen; and before it has said a word, it is neither up nor down."""
     life = Life()

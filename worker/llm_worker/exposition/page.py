@@ -210,24 +210,29 @@ class Page:
         self._names |= names
         late = {suffix: [lines] for suffix, lines in block.late.items()}
         self._families[block.name] = _Written(
-            block.name, block.type, block.documentation, block.unit, True, [block.body], late
+            block.name,
+            block.type,
+            block.documentation,
+            block.unit,
+            True,
+            [block.body] if block.body else [],
+            late,
         )
 
     def blocks(self) -> list[Block]:
-        """The page's families, for another process to put on its own."""
+        """The page's families, for another process to put on its own; empty ones, too."""
         blocks = []
         for family in self._families.values():
             lines: list[str] = []
             late: dict[str, list[str]] = {}
             family.put(lines, None if self._openmetrics else late)
-            if lines:
-                joined = {suffix: "\n".join(own) for suffix, own in late.items()}
-                blocks.append(
-                    Block(
-                        family.name, family.type, family.documentation, family.unit,
-                        "\n".join(lines), joined,
-                    )
-                )  # fmt: skip
+            joined = {suffix: "\n".join(own) for suffix, own in late.items()}
+            blocks.append(
+                Block(
+                    family.name, family.type, family.documentation, family.unit,
+                    "\n".join(lines), joined,
+                )
+            )  # fmt: skip
         return blocks
 
     def _by_samples(self, family: _Written, direct: Direct) -> _Sampled:
