@@ -143,13 +143,17 @@ class Watch:
     def ended(self) -> bool:
         """Whether it has ended; any thread."""
         if not self._ended:
-            if self._descriptor is None:
-                self._ended = not is_running(self.pid)
-            else:
-                poll = select.poll()
-                poll.register(self._descriptor, select.POLLIN)
-                self._ended = bool(poll.poll(0))
+            # The descriptor says so when the last thread is gone, which memory may hold up; until
+            # then the pid is still this process's, and its first thread a zombie.
+            self._ended = self._is_readable() or not is_running(self.pid)
         return self._ended
+
+    def _is_readable(self) -> bool:
+        if self._descriptor is None:
+            return False
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Watch no more."""
