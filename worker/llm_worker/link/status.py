@@ -49,9 +49,12 @@ class Status:
     def read(cls, section: Section) -> Status | None:
         """As it stands on the board; None before serving has said anything."""
         written = section.read()
-        if written is None:
-            return None
-        values = json.loads(written.payload)
+        return None if written is None else cls.parse(written.payload)
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Status:
+        """What `write` has put there."""
+        values = json.loads(payload)
         kv = values.pop("kv")
         return cls(**values, kv=None if kv is None else KvFacts(**kv))
 

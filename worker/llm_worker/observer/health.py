@@ -50,10 +50,9 @@ class Health:
         written = self._board["serving"].read()
         with self._lock:
             if written is not None and written.number != self._number:
-                status = Status.read(self._board["serving"])
-                if status is not None:
-                    self._watch(status)
-                    self._number, self._status = written.number, status
+                status = Status.parse(written.payload)
+                self._watch(status)
+                self._number, self._status = written.number, status
             return self._status
 
     def state(self) -> tuple[State, float]:

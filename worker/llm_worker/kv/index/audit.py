@@ -259,7 +259,7 @@ class Auditor:
             for group, packed in truth["hashes"].items()
             for value in unpacked(packed, truth["width"], truth["integers"])
         }
-        index = {(group, value) for group, hashes in blocks.items() for value in hashes}
+        index = _flat(blocks)
         missing, surplus = engine - index, index - engine
         counts = (len(engine), len(index), len(missing), len(surplus))
         if not missing and not surplus:
@@ -271,7 +271,7 @@ class Auditor:
             if ranked.stats.sequence != sequence:
                 return False  # it went on: another audit will see
             ranked.stream.mend(_mending(ranked, missing, surplus, sizes))
-            if _held(ranked) != engine:
+            if _flat(_held(ranked)) != engine:
                 return False  # there is no room
             ranked.stream.audited_equal()
             return True
@@ -299,11 +299,7 @@ class Auditor:
         def take() -> dict[int, list[Hash]] | None:
             if ranked.stats.sequence != sequence:
                 return None
-            found: dict[int, list[Hash]] = {}
-            for lane in ranked.source.lanes():
-                if lane.medium == GPU and lane.parents:
-                    found.setdefault(lane.group or 0, []).extend(lane.parents)
-            return found
+            return _held(ranked)
 
         found: dict[int, list[Hash]] | None = self._on_index_thread(take)
         return found
@@ -315,14 +311,17 @@ class Auditor:
         return True
 
 
-def _held(ranked: Audited) -> set[Block]:
-    """What is held of the engine's own pool, as group and hash."""
-    return {
-        (lane.group or 0, value)
-        for lane in ranked.source.lanes()
-        if lane.medium == GPU
-        for value in lane.parents
-    }
+def _held(ranked: Audited) -> dict[int, list[Hash]]:
+    """What is held of the engine's own pool, by group; on the index's thread."""
+    found: dict[int, list[Hash]] = {}
+    for lane in ranked.source.lanes():
+        if lane.medium == GPU and lane.parents:
+            found.setdefault(lane.group or 0, []).extend(lane.parents)
+    return found
+
+
+def _flat(blocks: Mapping[int, Sequence[Hash]]) -> set[Block]:
+    return {(group, value) for group, hashes in blocks.items() for value in hashes}
 
 
 def _mending(
